@@ -1,0 +1,4 @@
+"""System -> trajectory.
+
+Simulations that can be interrupted and resumed, their reporters and guards.
+"""
