@@ -7,7 +7,8 @@ loaded when a potential is made, not before.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from openmm_mlff import _plugins
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 class Factory:
     """What the entry points of group ``openmmml.potentials`` name; the counterpart of `MLPotentialImplFactory`."""
+
+    def __init__(self) -> None:
+        _explain_unknown_names()
 
     def createImpl(self, name: str, **args: Any) -> MLFFPotentialImpl:
         """Make the implementation behind ``MLPotential(name, **args)``.
@@ -28,3 +32,25 @@ class Factory:
         from openmm_mlff.forces.mlpotential import MLFFPotentialImpl
 
         return MLFFPotentialImpl(name, family, args)
+
+
+class UnknownPotential(KeyError, ValueError):
+    """``MLPotential(name)`` with a name that nobody registered; a `KeyError`, as openmm-ml raises by itself."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class _Registry(dict[str, Any]):
+    """openmm-ml's table of factories, whose missing names are explained."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise UnknownPotential(f"name: no potential is called {name!r}; {_plugins.near(str(name), self)}")
+
+
+def _explain_unknown_names() -> None:
+    # MLPotential('spokynet') ends in openmm-ml's plain dict with a bare KeyError before any factory is asked, so the
+    # table itself has to know the near names; what it holds and how it is filled stays as it is
+    potential = getattr(sys.modules.get("openmmml.mlpotential"), "MLPotential", None)
+    if type(getattr(potential, "_implFactories", None)) is dict:
+        potential._implFactories = _Registry(potential._implFactories)  # type: ignore[union-attr]

@@ -60,7 +60,8 @@ def load(group: str, name: str) -> Any:
     """
     points = registered(group)
     if name not in points:
-        raise ValueError(f"name: no {group.rpartition('.')[2].removesuffix('s')} is called {name!r}; {near(name, points)}")
+        kind = group.rpartition(".")[2].removesuffix("s")
+        raise ValueError(f"name: no {kind} is called {name!r}; {near(name, points)}")
     point = points[name]
     try:
         return point.load()

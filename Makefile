@@ -1,0 +1,64 @@
+# Every target builds .venv first when it is missing or when pyproject.toml or constraints.txt changed.
+# PYTHON picks the interpreter (3.11 or later); PIP_ARGS goes to pip, e.g. an index with the torch build of your choice.
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
+
+# small molecules run fastest on one thread, and the tests already run in two processes
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint format benchmark reproduce clean help
+
+help:
+	@echo "make demo       ML/MM simulation of capped alanine in water, results in .demo/"
+	@echo "make test       fast tests (make test-all: the slow ones too)"
+	@echo "make lint       ruff, mypy, import-linter (make format: let ruff rewrite)"
+	@echo "make benchmark  every figure of the README, JSON beside each script in benchmarks/"
+	@echo "make reproduce  label the data of the bundled model, train it and evaluate it (hours)"
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed, $(PYTHON) is %d.%d" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# what the main job needs and no more, so that a fresh clone gets to it quickly
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) -e . matplotlib
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) -e ".[train,label,analysis,dev]"
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/openmm-mlff demo --output .demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+reproduce: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/reproduce.sh
+
+clean:
+	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,106 @@
+"""What molecular dynamics runs: a function of positions, with everything that atoms decide computed once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_mlff.data.structures import Batch
+from openmm_mlff.potentials.neighbors import DEFAULT_SKIN, VerletPairs
+from openmm_mlff.potentials.potential import Evaluation, energy_forces
+
+if TYPE_CHECKING:
+    from openmm_mlff.potentials.potential import Potential
+
+OUTPUTS = ("energy", "forces", "charges", "dipole", "spread")
+
+
+class Evaluator:
+    """``f(positions, cell=None, potential=None) -> Evaluation`` for the atoms of one batch.
+
+    Positions and cells are taken in float64 and moved to the centre of the structure before they are rounded to the
+    model's precision, so that a molecule far from the origin loses nothing.
+
+    Attributes:
+        pairs: the Verlet lists (`VerletPairs`); their reference positions belong into a checkpoint.
+    """
+
+    def __init__(
+        self, model: Potential, batch: Batch, outputs: tuple[str, ...], compile: bool = False, skin: float = DEFAULT_SKIN
+    ) -> None:
+        unknown = [name for name in outputs if name not in OUTPUTS]
+        if unknown:
+            raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
+        if "charges" in outputs and not model.predicts_charges:
+            raise ValueError(f"outputs: {model.family} predicts no charges")
+        self.model = model.eval()
+        self.outputs = outputs
+        self._batch = batch.to(device=model.device, dtype=model.dtype).replace(external_potential=None)
+        self._periodic = batch.cell is not None
+        self.pairs = VerletPairs(self._batch, model.cutoff, model.long_range, model.long_range_cutoff, skin)
+        with torch.no_grad():
+            self._fixed = model.fixed(self._batch)
+        self._compiled = None
+        if compile:
+            from openmm_mlff.potentials.compile import CompiledGraph
+
+            self._compiled = CompiledGraph(model, self._batch, self._fixed, outputs)
+
+    def __call__(
+        self, positions: Tensor | np.ndarray, cell: Tensor | np.ndarray | None = None, potential: Tensor | np.ndarray | None = None
+    ) -> Evaluation:
+        """Evaluate at new positions.
+
+        Args:
+            positions: ``(n_atoms, 3)`` angstrom.
+            cell: ``(n_structures, 3, 3)`` or, for one structure, ``(3, 3)`` angstrom; required if periodic.
+            potential: external electrostatic potential on the atoms, ``(n_atoms,)`` V; adds sum_i q_i phi_i.
+        """
+        batch = self.place(positions, cell, potential)
+        result = self.eager(batch) if self._compiled is None else self._compiled(batch)
+        if result.dipole is not None:
+            # a charged structure's dipole depends on the origin: back from the centre to the caller's origin
+            result.dipole = result.dipole + batch.charge[:, None] * self._centre.to(batch.charge.dtype)
+        return result
+
+    def place(
+        self, positions: Tensor | np.ndarray, cell: Tensor | np.ndarray | None, potential: Tensor | np.ndarray | None
+    ) -> Batch:
+        """The batch at new positions, with valid pair lists, in the model's precision."""
+        device, dtype = self.model.device, self.model.dtype
+        exact = torch.as_tensor(positions, dtype=torch.float64, device=device)
+        if exact.shape != (self._batch.n_atoms, 3):
+            raise ValueError(f"positions: expected shape {(self._batch.n_atoms, 3)}, got {tuple(exact.shape)}")
+        box = None
+        if self._periodic:
+            if cell is None:
+                raise ValueError("cell: expected box vectors, because the batch is periodic, got None")
+            box = torch.as_tensor(cell, dtype=torch.float64, device=device).reshape(-1, 3, 3)
+        batch = self.pairs.update(exact, box)
+        phi = None if potential is None else torch.as_tensor(potential, dtype=dtype, device=device)
+        self._centre = self._batch.sum_by_structure(exact) / self._batch.counts[:, None]
+        centred = exact - (self._centre if self._batch.n_structures == 1 else self._centre[self._batch.segment])
+        return batch.at(centred.to(dtype), None if box is None else box.to(dtype), phi)
+
+    def eager(self, batch: Batch) -> Evaluation:
+        """Run op by op, without the compiled graph."""
+        model = self.model
+        wants_forces = "forces" in self.outputs
+        with torch.set_grad_enabled(wants_forces):
+            positions = batch.positions.requires_grad_(wants_forces)
+            prediction = model.in_field(batch, model.predict(batch, self._fixed))
+            forces = energy_forces(prediction.energy, positions) if wants_forces else None
+        return Evaluation(
+            energy=prediction.energy.detach(),
+            forces=forces,
+            charges=_wanted(prediction.charges, "charges" in self.outputs),
+            dipole=_wanted(prediction.dipole, "dipole" in self.outputs),
+            spread=_wanted(prediction.spread, "spread" in self.outputs),
+        )
+
+
+def _wanted(value: Tensor | None, wanted: bool) -> Tensor | None:
+    return value.detach() if wanted and value is not None else None

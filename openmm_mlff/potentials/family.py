@@ -1,0 +1,182 @@
+"""What a plugin registers, and the one place that finds plugins, models and their files.
+
+A plugin's entry point in the group ``openmm_mlff.potentials`` names a `Family`. Several names may lead to one family:
+the family's own name (takes ``modelPath``), aliases, and the names of the models it ships or knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmm_mlff.data import model_file
+from openmm_mlff.potentials.potential import Potential
+
+GROUP = "openmm_mlff.potentials"
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model that its authors publish and this package can fetch and read, but does not carry."""
+
+    name: str
+    family: str
+    url: str
+    sha256: str
+    licence: str
+    citation: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """A model file inside the plugin's own package."""
+
+    name: str
+    family: str
+    path: Path
+    domain: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family, as its plugin registers it.
+
+    Attributes:
+        name: what users type with ``modelPath``. aliases: other names for the same.
+        model: the `Potential` class, built as ``model(config)``. config: its frozen dataclass.
+        recognises, read: whether a file can be one published by others, and its reader (file -> model).
+        bundled, published: the models that the plugin carries, and those it knows where to fetch.
+    """
+
+    name: str
+    model: type[Potential]
+    config: type
+    aliases: tuple[str, ...] = ()
+    recognises: Callable[[Path], bool] = lambda path: False
+    read: Callable[[Path], Potential] | None = None
+    bundled: tuple[BundledModel, ...] = ()
+    published: tuple[PublishedModel, ...] = ()
+
+
+def plugins() -> dict[str, EntryPoint]:
+    """Registered names (families, aliases, models) and their entry points; nothing is imported."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def near(name: str, known: list[str]) -> str:
+    """The end of an error message that lists the known names, nearest first."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in close)}?" if close else f"; known names: {', '.join(sorted(known))}"
+
+
+def find_family(name: str) -> Family:
+    """The family registered under a name; raises `ValueError` with near names, `ImportError` if its plugin is broken."""
+    found = plugins()
+    if name not in found:
+        raise ValueError(f"name: no potential is called {name!r}" + near(name, list(found)))
+    try:
+        family = found[name].load()
+    except Exception as error:
+        raise ImportError(f"name: the plugin {found[name].value!r} of {name!r} cannot be imported: {error}") from error
+    if not isinstance(family, Family):
+        raise ImportError(f"name: the plugin {found[name].value!r} of {name!r} names a {type(family).__name__}, not a Family")
+    return family
+
+
+def families() -> list[Family]:
+    """Every family once; plugins that cannot be imported are left out (`find_family` says why)."""
+    found: dict[str, Family] = {}
+    for name in plugins():
+        try:
+            family = find_family(name)
+        except ImportError:
+            continue
+        found.setdefault(family.name, family)
+    return list(found.values())
+
+
+def load_potential(path: str | Path, family: str | None = None, sha256: str | None = None) -> Potential:
+    """Read a model file, ours or a published one, in float32 or the file's precision, ready for evaluation.
+
+    Args:
+        path: our ``.safetensors`` model file, or a file that the family can read.
+        family: which family should read a file that is not ours; without it every family is asked.
+        sha256: refuse the file if its checksum differs.
+
+    Raises `FileNotFoundError`, or `ValueError` for a damaged, foreign or wrong file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"modelPath: no file at {path}")
+    if sha256 is not None:
+        model_file.verify(path, sha256)
+    if model_file.is_model_file(path):
+        card, tensors = model_file.load(path)
+        if family is not None and card["family"] != find_family(family).name:
+            raise ValueError(f"modelPath: {path.name} is a {card['family']!r} model, expected {find_family(family).name!r}")
+        return from_card(card, tensors)
+    candidates = [find_family(family)] if family is not None else families()
+    for candidate in candidates:
+        if candidate.read is not None and candidate.recognises(path):
+            return candidate.read(path)
+    raise ValueError(f"modelPath: {path.name} is neither an openmm-mlff model file nor a file that a known family reads")
+
+
+def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potential:
+    """The potential that a card and its tensors describe; raises `ValueError` if they do not fit each other."""
+    if card.get("kind", "potential") != "potential":
+        raise ValueError(f"modelPath: expected a model of kind 'potential', got {card['kind']!r}")
+    family = find_family(card["family"])
+    known = {f.name for f in dataclasses.fields(family.config)}
+    unknown = sorted(set(card["config"]) - known)
+    if unknown:
+        raise ValueError(f"modelPath: the card's config has {unknown[0]!r}, which this version of {family.name} does not know")
+    model = family.model(family.config(**card["config"]))  # type: ignore[call-arg]
+    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    if floating:
+        model.to(torch.float64 if all(d == torch.float64 for d in floating) else torch.float32)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"modelPath: the tensors do not fit the card ({str(error).splitlines()[0]})") from error
+    return model.eval().requires_grad_(False)
+
+
+def make_card(model: Potential, **details: Any) -> dict[str, Any]:
+    """The card of a model: what it is and can do, and what `details` add (training data, licence, accuracy, ...)."""
+    return {
+        "kind": "potential",
+        "family": model.family,
+        "config": dataclasses.asdict(model.config),
+        "elements": list(model.elements),
+        "units": {"length": "angstrom", "energy": "eV", "charge": "e"},
+        "supports": {
+            "charge": model.supports_charge,
+            "multiplicity": model.supports_multiplicity,
+            "periodic": model.supports_periodic,
+            "charges": model.predicts_charges,
+        },
+        "cutoff": model.cutoff,
+        "long_range_cutoff": model.long_range_cutoff,
+        **details,
+    }
+
+
+def save_potential(model: Potential, path: str | Path, **details: Any) -> Path:
+    """Write a potential as a model file; `details` go into its card (see `model_file.CARD_FIELDS`)."""
+    tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    return model_file.save(path, make_card(model, **details), tensors)
+
+
+def store_potential(model: Potential) -> str:
+    """Put an in-memory model into the content-addressed cache; returns its sha256."""
+    tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    return model_file.store(make_card(model), tensors)

@@ -1,0 +1,180 @@
+"""The interface of every trained potential: `forward(batch)` for training, `evaluator(batch)` for MD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from openmm_mlff.data.structures import SYMBOLS, Batch, Structure, collate
+from openmm_mlff.potentials import neighbors
+
+if TYPE_CHECKING:
+    from openmm_mlff.potentials.evaluator import Evaluator
+
+
+@dataclass
+class Prediction:
+    """What a network predicts for a batch (before differentiation).
+
+    Attributes:
+        energy: ``(n_structures,)`` eV.
+        charges: ``(n_atoms,)`` e, or None. dipole: ``(n_structures, 3)`` e*angstrom, or None.
+        spread: uncertainty of the energy, ``(n_structures,)`` eV, or None.
+        terms: named parts of the energy, each ``(n_structures,)`` eV, where the family has them.
+    """
+
+    energy: Tensor
+    charges: Tensor | None = None
+    dipole: Tensor | None = None
+    spread: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation(Prediction):
+    """A prediction with its forces, ``(n_atoms, 3)`` eV/angstrom (None if they were not asked for)."""
+
+    forces: Tensor | None = None
+
+
+class Potential(nn.Module):
+    """Base of every family's model.
+
+    A family sets the attributes below, writes `predict`, and may write `fixed` for what the atoms, charge and
+    multiplicity decide without the positions, so that MD computes it once.
+
+    Attributes:
+        family: the name under which the plugin registers.
+        config: the family's frozen dataclass of hyperparameters.
+        elements: atomic numbers that the model was made for.
+        cutoff: angstrom, of the directed pair list.
+        long_range: whether `predict` needs `Batch.long_range_pairs`.
+        long_range_cutoff: angstrom; None takes all pairs of open systems (periodic ones need a value).
+        predicts_charges, supports_charge, supports_multiplicity, supports_periodic: what the model can do.
+    """
+
+    family: ClassVar[str] = ""
+    config: Any
+    elements: tuple[int, ...] = ()
+    cutoff: float = 0.0
+    long_range: bool = False
+    long_range_cutoff: float | None = None
+    predicts_charges: bool = False
+    supports_charge: bool = False
+    supports_multiplicity: bool = False
+    supports_periodic: bool = True
+
+    def fixed(self, batch: Batch) -> Any:
+        """Everything that `predict` needs and the positions do not change."""
+        return None
+
+    def predict(self, batch: Batch, fixed: Any) -> Prediction:
+        """Energies of the batch, differentiable with respect to ``batch.positions``."""
+        raise TypeError(f"{type(self).__name__} does not define predict(batch, fixed)")
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Predict a batch that has its pair lists (see `batch`); adds sum_i q_i phi_i for an external potential."""
+        return self.in_field(batch, self.predict(batch, self.fixed(batch)))
+
+    def in_field(self, batch: Batch, prediction: Prediction) -> Prediction:
+        """Add the energy of the predicted charges in ``batch.external_potential``, sum_i q_i phi_i."""
+        phi = batch.external_potential
+        if phi is None:
+            return prediction
+        if prediction.charges is None:
+            raise ValueError(f"external_potential: {self.family} predicts no charges, so no potential can act on them")
+        interaction = batch.sum_by_structure(prediction.charges * phi)
+        prediction.energy = prediction.energy + interaction
+        prediction.terms["external"] = interaction
+        return prediction
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(t.dtype for t in [*self.parameters(), *self.buffers()] if t.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in [*self.parameters(), *self.buffers()])
+
+    def check(self, structure: Structure) -> None:
+        """Refuse a structure that this model cannot describe (`ValueError` naming the argument)."""
+        unknown = sorted(set(structure.numbers.tolist()) - set(self.elements))
+        if unknown:
+            known = " ".join(SYMBOLS[z] for z in self.elements[:12]) + (" ..." if len(self.elements) > 12 else "")
+            raise ValueError(
+                f"elements: expected atoms among {known} ({len(self.elements)} elements), got "
+                + ", ".join(SYMBOLS[z] for z in unknown)
+            )
+        if structure.charge and not self.supports_charge:
+            raise ValueError(f"charge: {self.family} describes neutral systems only, got {structure.charge:+d}")
+        if structure.multiplicity != 1 and not self.supports_multiplicity:
+            raise ValueError(f"multiplicity: {self.family} describes singlets only, got {structure.multiplicity}")
+        if structure.cell is not None and not self.supports_periodic:
+            raise ValueError(f"cell: {self.family} describes open systems only, got periodic box vectors")
+
+    def batch(
+        self,
+        structures: Sequence[Structure] | Structure,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Batch:
+        """Structures as one batch with exact pair lists, in the model's dtype and on its device by default."""
+        if isinstance(structures, Structure):
+            structures = [structures]
+        for structure in structures:
+            self.check(structure)
+        raw = collate(structures)
+        built = neighbors.with_pairs(raw, self.cutoff, self.long_range, self.long_range_cutoff)
+        return built.to(device=device or self.device, dtype=dtype or self.dtype)
+
+    def evaluate(self, batch: Batch, forces: bool = True, create_graph: bool = False) -> Evaluation:
+        """Energies and, by automatic differentiation, forces -dE/dR of a batch with pair lists.
+
+        With `create_graph` the forces can be differentiated again (force matching).
+        """
+        if not forces:
+            with torch.set_grad_enabled(create_graph):
+                return Evaluation(**vars(self(batch)))
+        with torch.enable_grad():
+            positions = batch.positions.detach().requires_grad_(True)
+            prediction = self(batch.replace(positions=positions))
+            return Evaluation(**vars(prediction), forces=energy_forces(prediction.energy, positions, create_graph))
+
+    def evaluator(
+        self,
+        batch: Batch | Structure | Sequence[Structure],
+        outputs: Sequence[str] = ("energy", "forces"),
+        compile: bool = False,
+    ) -> Evaluator:
+        """The function that MD calls: ``f(positions, cell=None, potential=None) -> Evaluation``.
+
+        Args:
+            batch: which atoms, charges and multiplicities; positions only shape the first pair list. A single
+                molecule is a batch of one, replicas are a batch of many.
+            outputs: what is wanted among energy, forces, charges, dipole, spread.
+            compile: run energy and forces as one compiled graph.
+        """
+        from openmm_mlff.potentials.evaluator import Evaluator
+
+        if not isinstance(batch, Batch):
+            batch = self.batch(batch)
+        return Evaluator(self, batch, outputs=tuple(outputs), compile=compile)
+
+    def energy_and_forces(self, structure: Structure) -> tuple[float, np.ndarray]:
+        """Energy (eV) and forces ``(n_atoms, 3)`` (eV/angstrom, float64) of one structure; no pair list is kept."""
+        result = self.evaluate(self.batch(structure))
+        assert result.forces is not None
+        return float(result.energy[0]), result.forces.detach().cpu().numpy().astype(np.float64)
+
+
+def energy_forces(energy: Tensor, positions: Tensor, create_graph: bool = False) -> Tensor:
+    """Forces ``-d(sum of energies)/d(positions)``, zero where the energy does not depend on the positions."""
+    if not energy.requires_grad:
+        return torch.zeros_like(positions)
+    (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(positions) if gradient is None else -gradient

@@ -1,0 +1,134 @@
+"""Two-body D4 dispersion with the network's own charges (Caldeweyher et al. 2019), for published checkpoints.
+
+The reference tables come with the checkpoint that was trained with them. Lengths in bohr inside this file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from openmm_mlff.data.structures import Batch
+from openmm_spookynet.terms import inverse_softplus, switch_off
+
+BOHR = 0.5291772105638411  # angstrom
+HARTREE = 27.211386024367243  # eV
+
+# constants of the D4 coordination number and charge scaling
+K2, K4, K5, K6, KN = 4.0 / 3.0, 4.10451, 19.08857, 254.5553148552, 7.5
+CHARGE_STEEPNESS, WEIGHT_STEEPNESS = 3.0, 6.0
+
+#: name -> shape of the tables; the first index is the atomic number unless it says otherwise
+TABLES: dict[str, tuple[int, ...]] = {
+    "refsys": (87, 7),
+    "zeff": (87,),
+    "refh": (87, 7),
+    "sscale": (18,),
+    "secaiw": (18, 23),
+    "gam": (87,),
+    "ascale": (87, 7),
+    "alphaiw": (87, 7, 23),
+    "hcount": (87, 7),
+    "casimir_polder_weights": (23,),
+    "rcov": (87,),
+    "en": (87,),
+    "ncount_mask": (87, 7, 3),
+    "ncount_weight": (87, 7, 3),
+    "cn": (87, 7, 3),
+    "fixgweights": (87, 7),
+    "refq": (87, 7),
+    "sqrt_r4r2": (87,),
+}
+
+
+@dataclass
+class FixedD4:
+    """What the elements and the pair list decide: `kind` numbers the distinct elements of the batch."""
+
+    kind: Tensor  # (n_atoms,)
+    reference_c6: Tensor  # (n_kinds, n_kinds, 7, 7) hartree bohr^6
+
+
+class D4Dispersion(nn.Module):
+    """E = -sum over pairs of C6 [s6 / (r^6 + r0^6) + s8 R^2 / (r^8 + r0^8)], r0 = a1 R + a2, R = sqrt(3) r4r2_i r4r2_j."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in {"s6": 1.0, "s8": 1.61679827, "a1": 0.44959224, "a2": 3.35743605, "scaleq": 1.0}.items():
+            self.register_parameter(f"{name}_raw", nn.Parameter(torch.tensor(inverse_softplus(value))))
+        for name, shape in TABLES.items():
+            dtype = torch.int64 if name == "refsys" else torch.float64
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+
+    def fixed(self, numbers: Tensor) -> FixedD4:
+        """Reference C6 coefficients of the elements present, by Casimir-Polder quadrature over 23 frequencies."""
+        elements, kind = torch.unique(numbers, return_inverse=True)
+        system = self.refsys[elements]  # (n_kinds, 7)
+        zeff = self.zeff[system]
+        scaling = _charge_scaling(zeff, zeff + self.refh[elements] * softplus(self.scaleq_raw), self.gam[system])
+        screened = (self.hcount[elements] * self.sscale[system] * scaling)[..., None] * self.secaiw[system]
+        alpha = (self.ascale[elements][..., None] * (self.alphaiw[elements] - screened)).clamp(min=0)  # (n_kinds, 7, 23)
+        c6 = (3.0 / math.pi) * torch.einsum("w,iaw,jbw->ijab", self.casimir_polder_weights, alpha, alpha)
+        return FixedD4(kind, c6)
+
+    def forward(
+        self, fixed: FixedD4, batch: Batch, charges: Tensor, distances: Tensor, long_range_cutoff: float | None
+    ) -> Tensor:
+        """Energies of the pairs of the batch's half list ``(n_pairs,)`` eV, from charges (e) and distances (angstrom)."""
+        assert batch.long_range_pairs is not None
+        i, j = batch.long_range_pairs.first, batch.long_range_pairs.second
+        r = distances / BOHR
+        limit = None if long_range_cutoff is None else long_range_cutoff / BOHR
+        weights = self._reference_weights(batch, charges, self._coordination(batch, i, j, r, limit))  # (n_atoms, 7)
+        # C6_ij = zeta_i . c6[kind_i, kind_j] . zeta_j, contracted over i's references once per atom and element
+        half = torch.einsum("na,nkab->nkb", weights, fixed.reference_c6[fixed.kind])  # (n_atoms, n_kinds, 7)
+        c6 = (half[i, fixed.kind[j]] * weights[j]).sum(-1)
+        size = math.sqrt(3.0) * self.sqrt_r4r2[batch.numbers[i]] * self.sqrt_r4r2[batch.numbers[j]]
+        r0 = softplus(self.a1_raw) * size + softplus(self.a2_raw)
+        s6, s8 = softplus(self.s6_raw), softplus(self.s8_raw)
+        shape = s6 * _damped_power(r, r0, 6, limit) + s8 * size.square() * _damped_power(r, r0, 8, limit)
+        energy = -HARTREE * c6 * shape
+        return energy if limit is None else torch.where(r < limit, energy, torch.zeros_like(energy))
+
+    def _coordination(self, batch: Batch, i: Tensor, j: Tensor, r: Tensor, limit: float | None) -> Tensor:
+        """Fractional coordination numbers weighted by electronegativity difference, ``(n_atoms,)``."""
+        z_i, z_j = batch.numbers[i], batch.numbers[j]
+        bond = K2 * (self.rcov[z_i] + self.rcov[z_j])
+        polarity = K4 * torch.exp(-((self.en[z_i] - self.en[z_j]).abs() + K5).square() / K6)
+        count = polarity * 0.5 * (1.0 + torch.erf(-KN * (r - bond) / bond))
+        if limit is not None:
+            count = count * switch_off(r, limit - 1.0 / 1.8897261246, limit)  # as published: 0.53 bohr wide
+        return count.new_zeros(batch.n_atoms).index_add(0, i, count).index_add(0, j, count)
+
+    def _reference_weights(self, batch: Batch, charges: Tensor, coordination: Tensor) -> Tensor:
+        """zeta: how much of each reference system an atom resembles, scaled by its charge, ``(n_atoms, 7)``."""
+        z = batch.numbers
+        distance = (coordination[:, None, None] - self.cn[z]).square()
+        gauss = (self.ncount_mask[z] * torch.exp(-WEIGHT_STEEPNESS * self.ncount_weight[z] * distance)).sum(-1)
+        norm = gauss.sum(-1, keepdim=True)
+        usable = norm > 1e-8
+        weights = torch.where(usable, gauss / torch.where(usable, norm, torch.ones_like(norm)), self.fixgweights[z])
+        reference = self.zeff[z][:, None] + self.refq[z] * softplus(self.scaleq_raw)
+        actual = (self.zeff[z] + charges)[:, None]
+        return weights * _charge_scaling(reference, actual, self.gam[z][:, None])
+
+
+def _charge_scaling(reference: Tensor, actual: Tensor, hardness: Tensor) -> Tensor:
+    """exp(3 (1 - exp(2 gam (1 - reference / actual)))), and exp(3) where no electrons are left to be removed."""
+    usable = actual > 1e-8
+    ratio = reference / torch.where(usable, actual, torch.ones_like(actual))
+    scaled = torch.exp(CHARGE_STEEPNESS * (1.0 - torch.exp(2.0 * hardness * (1.0 - ratio))))
+    return torch.where(usable, scaled, torch.full_like(scaled, math.exp(CHARGE_STEEPNESS)))
+
+
+def _damped_power(r: Tensor, r0: Tensor, n: int, limit: float | None) -> Tensor:
+    """1 / (r^n + r0^n), shifted so that value and slope vanish at the cutoff."""
+    value = 1.0 / (r**n + r0**n)
+    if limit is None:
+        return value
+    at_limit = 1.0 / (limit**n + r0**n)
+    return value - at_limit + n * limit**n * at_limit.square() * (r / limit - 1.0)

@@ -1,0 +1,192 @@
+"""Building blocks of SpookyNet: residual networks, embeddings, attention (Unke et al. 2021, Methods).
+
+Row-vector convention: features are ``(n_atoms, F)`` and a linear layer computes ``x @ weight + bias``. Blocks come in
+stacks of n networks of one shape that read the same input, with parameters ``(n, F, F)``: one batched product
+instead of n small ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from openmm_mlff.data.structures import Batch
+
+
+class Activation(nn.Module):
+    """Self-adjusting activation with scale alpha and slope beta per feature (eqs. 5 and 6 use Swish).
+
+    ``swish``: alpha x sigmoid(beta x), starts as an approximate GELU (beta = 1.702). ``ssp``: alpha (softplus(beta x) - ln 2) / beta.
+    """
+
+    def __init__(self, kind: str, n: int, features: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.alpha = nn.Parameter(torch.ones(n, 1, features))
+        self.beta = nn.Parameter(torch.full((n, 1, features), 1.702 if kind == "swish" else 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "swish":
+            return self.alpha * x * torch.sigmoid(self.beta * x)
+        flat = self.beta == 0
+        beta = torch.where(flat, torch.ones_like(self.beta), self.beta)
+        curved = (softplus(beta * x) - math.log(2.0)) / beta
+        return self.alpha * torch.where(flat, 0.5 * x, curved)
+
+
+class Linear(nn.Module):
+    """n linear layers, ``(n, n_atoms, F_in)`` -> ``(n, n_atoms, F_out)``."""
+
+    def __init__(self, n: int, inputs: int, outputs: int, bias: bool = True, zero: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(n, 1, outputs)) if bias else None
+        if not zero:
+            for w in self.weight:
+                nn.init.orthogonal_(w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 s2(W1 s1(x) + b1) + b2; starts as the identity."""
+
+    def __init__(self, kind: str, n: int, features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.activation1 = Activation(kind, n, features)
+        self.linear1 = Linear(n, features, features, bias)
+        self.activation2 = Activation(kind, n, features)
+        self.linear2 = Linear(n, features, features, bias, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear2(self.activation2(self.linear1(self.activation1(x))))
+
+
+class ResidualStack(nn.Module):
+    """One network of several residual blocks, ``(n_atoms, F)`` -> ``(n_atoms, F)``."""
+
+    def __init__(self, kind: str, blocks: int, features: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(kind, 1, features) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[None]  # (1, n_atoms, F)
+        for block in self.blocks:
+            x = block(x)
+        return x[0]
+
+
+class ResidualMLPs(nn.Module):
+    """n residual multilayer perceptrons that read one input: W s(blocks(x)) + b.
+
+    ``(n_atoms, F)`` -> ``(n, n_atoms, F)``; every network has its own parameters.
+    """
+
+    def __init__(self, kind: str, n: int, blocks: int, features: int, bias: bool = True, zero: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(kind, n, features, bias) for _ in range(blocks))
+        self.activation = Activation(kind, n, features)
+        self.linear = Linear(n, features, features, bias, zero)
+        self.n = n
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[None].expand(self.n, -1, -1)  # (n, n_atoms, F)
+        for block in self.blocks:
+            x = block(x)
+        return self.linear(self.activation(x))
+
+
+class ElectronicEmbedding(nn.Module):
+    """Spreads a total charge or spin over the atoms by attention to the nuclear embedding (eqs. 10 and 11).
+
+    Charge enters as [relu(Q), relu(-Q)], spin as [|S|] with S unpaired electrons, so that zero gives exactly zero.
+    """
+
+    def __init__(self, kind: str, blocks: int, features: int, signed: bool) -> None:
+        super().__init__()
+        inputs = 2 if signed else 1
+        self.signed = signed
+        self.linear_q = nn.Linear(features, features)
+        self.linear_k = nn.Linear(inputs, features, bias=False)
+        self.linear_v = nn.Linear(inputs, features, bias=False)
+        self.mlp = ResidualMLPs(kind, 1, blocks, features, bias=False, zero=True)
+
+    def forward(self, z: Tensor, value: Tensor, batch: Batch) -> Tensor:
+        e = torch.stack([value.relu(), (-value).relu()], -1) if self.signed else value.abs()[:, None]  # (n_structures, 2|1)
+        q = self.linear_q(z)
+        k = self.linear_k(e / e.clamp(min=1))[batch.segment]
+        v = self.linear_v(e)[batch.segment]
+        a = softplus((q * k).sum(-1) / math.sqrt(q.shape[-1]))
+        share = a / (batch.sum_by_structure(a) + 1e-8)[batch.segment]
+        return self.mlp(share[:, None] * v)[0]
+
+
+class NonlinearElectronicEmbedding(nn.Module):
+    """The embedding of older checkpoints: keys and values are nonlinear functions of the signed charge or spin."""
+
+    def __init__(self, kind: str, blocks: int, features: int) -> None:
+        super().__init__()
+        self.linear_q = nn.Linear(features, features, bias=False)
+        self.featurize_k = nn.Linear(1, features)
+        self.mlp_k = ResidualMLPs(kind, 1, blocks, features)
+        self.featurize_v = nn.Linear(1, features, bias=False)
+        self.mlp_v = ResidualMLPs(kind, 1, blocks, features, bias=False)
+
+    def forward(self, z: Tensor, value: Tensor, batch: Batch) -> Tensor:
+        e = value[:, None]
+        q = self.linear_q(z)
+        k = self.mlp_k(self.featurize_k(e))[0][batch.segment]
+        v = self.mlp_v(self.featurize_v(e))[0][batch.segment]
+        dot = (q * k).sum(-1)
+        largest = batch.to_dense(dot, fill=-math.inf).amax(1)[batch.segment]
+        a = torch.exp((dot - largest) / math.sqrt(q.shape[-1]))
+        share = a / (batch.sum_by_structure(a) + 1e-8)[batch.segment]
+        return share[:, None] * v
+
+
+class LinearAttention(nn.Module):
+    """Attention between all atoms of a structure at linear cost: FAVOR+ (Choromanski et al. 2021) with fixed random features.
+
+    phi(X) = (exp(X omega / F^1/4 - |X|^2 / (2 sqrt F) - M) + 1e-4) / sqrt m. Because of the 1e-4 the maxima M do not
+    cancel: they belong to the function, and forces include their derivative.
+    """
+
+    def __init__(self, features: int, random_features: int) -> None:
+        super().__init__()
+        self.register_buffer("omega", orthogonal_random_matrix(features, random_features))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        query_log, key_log = self._log_features(q), self._log_features(k)  # (n_atoms, m) each, and their offsets
+        query_max = query_log[0].amax(-1, keepdim=True)
+        key_max = batch.to_dense(key_log[0], fill=-math.inf).amax((1, 2))[batch.segment, None]
+        phi_q = self._features(query_log, query_max)
+        phi_k = self._features(key_log, key_max)
+        keys, values, queries = batch.to_dense(phi_k), batch.to_dense(v), batch.to_dense(phi_q)
+        summed = torch.bmm(keys.transpose(1, 2), values)  # (n_structures, m, F)
+        norm = torch.bmm(queries, keys.sum(1)[:, :, None]) + 1e-8  # (n_structures, max_atoms, 1)
+        return batch.from_dense(torch.bmm(queries, summed) / norm)
+
+    def _log_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = x.shape[-1]
+        projection = (x / features**0.25) @ self.omega
+        return projection, x.square().sum(-1, keepdim=True) / (2.0 * math.sqrt(features))
+
+    def _features(self, log: tuple[Tensor, Tensor], largest: Tensor) -> Tensor:
+        projection, half_norm = log
+        return (torch.exp(projection - half_norm - largest) + 1e-4) / math.sqrt(projection.shape[-1])
+
+
+def orthogonal_random_matrix(features: int, random_features: int) -> Tensor:
+    """``(features, random_features)``: blocks of orthogonal columns with the lengths of Gaussian vectors."""
+    blocks = []
+    for start in range(0, random_features, features):
+        q, _ = torch.linalg.qr(torch.randn(features, features))
+        blocks.append(q.T[: min(features, random_features - start)])
+    length = torch.randn(random_features, features).norm(dim=1)
+    return (torch.cat(blocks) * length[:, None]).T.contiguous()

@@ -1,0 +1,235 @@
+"""SpookyNet (Unke, Chmiela, Gastegger, Schuett, Sauceda, Mueller, Nat. Commun. 12, 7273 (2021)), top to bottom.
+
+Symbols of the paper: F features, K radial functions, T modules; Z nuclear charges, Q total charge, S unpaired
+electrons. Shapes: `slots` is the largest number of neighbours of an atom.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openmm_mlff.data.structures import Batch
+from openmm_mlff.potentials.potential import Potential, Prediction
+from openmm_spookynet.config import SpookyNetConfig
+from openmm_spookynet.dispersion import D4Dispersion
+from openmm_spookynet.electron_configuration import Z_MAX, electron_configuration_table
+from openmm_spookynet.layers import (
+    ElectronicEmbedding,
+    LinearAttention,
+    NonlinearElectronicEmbedding,
+    ResidualMLPs,
+    ResidualStack,
+)
+from openmm_spookynet.terms import (
+    Electrostatics,
+    ExponentialBernstein,
+    NuclearRepulsion,
+    angular_functions,
+    cutoff_function,
+)
+
+
+@dataclass
+class Geometry:
+    """Neighbourhoods of all atoms: distances, cutoff values, radial, p and d functions."""
+
+    index: Tensor  # (n_atoms, slots)
+    r: Tensor  # (n_atoms, slots)
+    f: Tensor  # (n_atoms, slots), zero for padding
+    rbf: Tensor  # (n_atoms, slots, K)
+    p: Tensor  # (n_atoms, 3, slots)
+    d: Tensor  # (n_atoms, 5, slots)
+
+
+@dataclass
+class Messages:
+    """What a module derives from the atoms' features alone."""
+
+    x: Tensor  # (n_atoms, F) after the first residual stack
+    center: Tensor  # (n_atoms, F) the atom's own contribution
+    spd: Tensor  # (n_atoms, 3F) what neighbours receive through s, p and d functions
+    nonlocal_: Tensor  # (n_atoms, F) attention over all atoms of the structure
+
+
+class Heads(nn.Module):
+    """The seven networks of a module that read the same features: x, s, p, d (local), q, k, v (nonlocal)."""
+
+    def __init__(self, c: SpookyNetConfig) -> None:
+        super().__init__()
+        depth = [c.num_residual_local_x, c.num_residual_local_s, c.num_residual_local_p, c.num_residual_local_d]
+        depth += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v]
+        # one batched product for all networks of the same depth
+        self.members = [[h for h in range(7) if depth[h] == n] for n in sorted(set(depth))]
+        self.groups = nn.ModuleList(
+            ResidualMLPs(c.activation, len(heads), depth[heads[0]], c.num_features) for heads in self.members
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        out: dict[int, Tensor] = {}
+        for heads, network in zip(self.members, self.groups, strict=True):
+            out.update(zip(heads, network(x).unbind(0), strict=True))
+        return [out[h] for h in range(7)]
+
+
+class InteractionModule(nn.Module):
+    """One refinement of the atomic features by local and nonlocal interactions (Fig. 2; eqs. 2-9)."""
+
+    def __init__(self, c: SpookyNetConfig) -> None:
+        super().__init__()
+        features = c.num_features
+        self.residual_pre = ResidualStack(c.activation, c.num_residual_pre, features)
+        self.heads = Heads(c)
+        self.attention = LinearAttention(features, c.num_random_features)
+        self.radial = nn.Linear(c.num_basis_functions, 3 * features, bias=False)  # K -> G_s, G_p, G_d
+        self.projection_p = nn.Linear(features, 2 * features, bias=False)
+        self.projection_d = nn.Linear(features, 2 * features, bias=False)
+        self.local = ResidualMLPs(c.activation, 1, c.num_residual_local, features)
+        self.residual_post = ResidualStack(c.activation, c.num_residual_post, features)
+        self.output = ResidualMLPs(c.activation, 1, c.num_residual_output, features)
+
+    def messages(self, x: Tensor, batch: Batch) -> Messages:
+        """The part that positions do not enter directly."""
+        x = self.residual_pre(x)
+        center, s, p, d, q, k, v = self.heads(x)
+        return Messages(x, center, torch.cat([s, p, d], -1), self.attention(q, k, v, batch))
+
+    def interact(self, m: Messages, g: Geometry) -> tuple[Tensor, Tensor]:
+        """New features and this module's contribution to the descriptor, ``(n_atoms, F)`` each."""
+        local = self.local(self.local_features(m, g))[0]
+        x = self.residual_post(m.x + local + m.nonlocal_)
+        return x, self.output(x)[0]
+
+    def local_features(self, m: Messages, g: Geometry) -> Tensor:
+        """s + <P, P> + <D, D>: rotationally invariant products of s-, p- and d-type sums over neighbours (eqs. 3-5)."""
+        received = self.radial(g.rbf) * m.spd[g.index]  # (n_atoms, slots, 3F)
+        s, p, d = received.chunk(3, -1)
+        total = m.center + s.sum(1)
+        for functions, values, projection in ((g.p, p, self.projection_p), (g.d, d, self.projection_d)):
+            moments = torch.bmm(functions, values)  # (n_atoms, 3|5, F)
+            left, right = projection(moments).chunk(2, -1)
+            total = total + (left * right).sum(1)
+        return total
+
+
+class SpookyNet(Potential):
+    """Potential with atomic charges, total charge and spin.
+
+    E = sum_i e_i + E_repulsion + E_electrostatics (+ E_D4); charges are shifted to sum to Q; dipole = sum q_i R_i.
+    """
+
+    family = "spookynet"
+    predicts_charges = True
+    supports_charge = True
+    supports_multiplicity = True
+
+    def __init__(self, config: SpookyNetConfig | None = None) -> None:
+        super().__init__()
+        c = self.config = config or SpookyNetConfig()
+        self.elements = c.elements
+        self.cutoff = c.cutoff
+        self.long_range = c.use_electrostatics or c.use_d4_dispersion
+        self.long_range_cutoff = c.long_range_cutoff
+        features = c.num_features
+
+        self.element_embedding = nn.Parameter(torch.zeros(Z_MAX + 1, features))
+        self.register_buffer("electron_config", electron_configuration_table())
+        self.config_linear = nn.Linear(self.electron_config.shape[1], features, bias=False)
+        if c.use_nonlinear_embedding:
+            self.charge_embedding: nn.Module = NonlinearElectronicEmbedding(c.activation, c.num_residual_electron, features)
+            self.spin_embedding: nn.Module = NonlinearElectronicEmbedding(c.activation, c.num_residual_electron, features)
+        else:
+            self.charge_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=True)
+            self.spin_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=False)
+
+        self.radial_basis = ExponentialBernstein(c.num_basis_functions, c.exp_weighting)
+        self.interactions = nn.ModuleList(InteractionModule(c) for _ in range(c.num_modules))
+        self.output = nn.Linear(features, 2, bias=False)  # e_i, q_i
+        nn.init.zeros_(self.output.weight)
+        self.element_bias = nn.Parameter(torch.zeros(Z_MAX + 1, 2))
+
+        self.repulsion = NuclearRepulsion() if c.use_zbl_repulsion else None
+        self.electrostatics = Electrostatics(c.cutoff) if c.use_electrostatics else None
+        self.dispersion = D4Dispersion() if c.use_d4_dispersion else None
+        self.to(torch.get_default_dtype())
+
+    # -- what atoms, charge and spin decide ------------------------------------------------------------------
+
+    def fixed(self, batch: Batch) -> dict[str, Any]:
+        """Embedding and the first module's messages (attention included), which positions do not enter."""
+        z = self.element_embedding[batch.numbers] + self.config_linear(self.electron_config)[batch.numbers]
+        x = z + self.charge_embedding(z, batch.charge, batch) + self.spin_embedding(z, batch.multiplicity - 1, batch)
+        return {
+            "messages": self.interactions[0].messages(x, batch),
+            "bias": self.element_bias[batch.numbers],
+            "d4": None if self.dispersion is None else self.dispersion.fixed(batch.numbers),
+        }
+
+    # -- what positions decide -------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch, fixed: dict[str, Any]) -> Prediction:
+        geometry = self.geometry(batch)
+        e, q = (self.output(self.descriptor(batch, fixed["messages"], geometry)) + fixed["bias"]).unbind(-1)
+        surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
+        charges = q + surplus[batch.segment]
+        terms = {"network": batch.sum_by_structure(e)}
+        if self.repulsion is not None:
+            z = batch.numbers.to(e.dtype)
+            terms["repulsion"] = batch.sum_by_structure(self.repulsion(z, geometry.r, geometry.f, geometry.index))
+        terms.update(self.long_range_terms(batch, fixed, charges))
+        dipole = batch.sum_by_structure(charges[:, None] * batch.positions)
+        return Prediction(torch.stack(list(terms.values())).sum(0), charges, dipole, terms=terms)
+
+    def geometry(self, batch: Batch) -> Geometry:
+        """Distances, radial and angular functions of every atom's neighbourhood."""
+        mask = batch.neighbors.mask
+        # padding is put beyond the cutoff, where every function is zero and has no gradient
+        beyond = batch.positions.new_tensor([2.0 * self.cutoff, 0.0, 0.0])
+        vectors = torch.where(mask[..., None], batch.neighbor_vectors(), beyond)  # (n_atoms, slots, 3)
+        r = vectors.norm(dim=-1)
+        f = cutoff_function(r, self.cutoff)
+        p, d = angular_functions(vectors / r[..., None], self.config.use_irreps)
+        return Geometry(
+            batch.neighbors.index, r, f, self.radial_basis(r, f), p.transpose(1, 2), d.transpose(1, 2).contiguous()
+        )
+
+    def descriptor(self, batch: Batch, first: Messages, geometry: Geometry) -> Tensor:
+        """Sum of the modules' contributions, ``(n_atoms, F)``."""
+        x, total = self.interactions[0].interact(first, geometry)
+        keep = None
+        for module in self.interactions[1:]:
+            x, y = module.interact(module.messages(x, batch), geometry)
+            if self.training and self.config.module_keep_prob < 1:
+                keep = self._drop(keep, y, batch)
+                y = y * keep
+            total = total + y
+        return total
+
+    def _drop(self, keep: Tensor | None, y: Tensor, batch: Batch) -> Tensor:
+        """Structures whose later modules still count: the last one is kept with probability `module_keep_prob`."""
+        probability = self.config.module_keep_prob ** (1.0 / max(self.config.num_modules - 1, 1))
+        draw = torch.bernoulli(y.new_full((batch.n_structures, 1), probability))[batch.segment]
+        return draw if keep is None else keep * draw
+
+    def long_range_terms(self, batch: Batch, fixed: dict[str, Any], charges: Tensor) -> dict[str, Tensor]:
+        """Electrostatics and dispersion over the half list."""
+        pairs = batch.long_range_pairs
+        if pairs is None:
+            return {}
+        r = batch.pair_vectors(pairs).norm(dim=-1)
+        limit = self.long_range_cutoff
+        energies = {}
+        if self.electrostatics is not None:
+            energies["electrostatics"] = self.electrostatics(charges[pairs.first], charges[pairs.second], r, limit)
+        if self.dispersion is not None:
+            energies["dispersion"] = self.dispersion(fixed["d4"], batch, charges, r, limit)
+        return {name: _sum_pairs(batch, pairs.first, e) for name, e in energies.items()}
+
+
+def _sum_pairs(batch: Batch, first: Tensor, energy: Tensor) -> Tensor:
+    if batch.n_structures == 1:
+        return energy.sum(0, keepdim=True)
+    return energy.new_zeros(batch.n_structures).index_add(0, batch.segment[first], energy)

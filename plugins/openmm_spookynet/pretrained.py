@@ -1,0 +1,187 @@
+"""Published SpookyNet weights: where they are, whose they are, and how their file is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_mlff.potentials.family import PublishedModel
+from openmm_spookynet.config import SpookyNetConfig
+from openmm_spookynet.dispersion import TABLES
+from openmm_spookynet.model import SpookyNet
+
+CITATION = "Unke, Chmiela, Gastegger, Schuett, Sauceda, Mueller, Nat. Commun. 12, 7273 (2021), doi:10.1038/s41467-021-27504-0"
+
+PUBLISHED = PublishedModel(
+    name="spookynet-published",
+    family="spookynet",
+    url="https://raw.githubusercontent.com/OUnke/SpookyNet/main/parameters.pth",
+    sha256="604026ed148310d09cd6ae6c0e67e3c8905b5fc35ef3bd30714fd8776985e5cc",
+    licence="MIT",
+    citation=CITATION,
+    domain="GFN2-xTB surrogate for Z = 1..86: neutral closed-shell organic molecules, small ions and radicals; "
+    "zwitterions and charged peptides are wrong by several eV, energies are not size-consistent",
+)
+
+_RENAMED = {
+    "use_d4_dispersion": "use_d4_dispersion",
+    "use_zbl_repulsion": "use_zbl_repulsion",
+    "use_electrostatics": "use_electrostatics",
+    "lr_cutoff": "long_range_cutoff",
+}
+_SAME = (
+    "activation num_features num_basis_functions num_modules cutoff exp_weighting use_irreps module_keep_prob "
+    "num_residual_electron num_residual_pre num_residual_local_x num_residual_local_s num_residual_local_p "
+    "num_residual_local_d num_residual_local num_residual_nonlocal_q num_residual_nonlocal_k num_residual_nonlocal_v "
+    "num_residual_post num_residual_output"
+).split()
+
+
+def recognises(path: Path) -> bool:
+    """Whether a file can be a published SpookyNet checkpoint (by its ending; reading it decides)."""
+    return path.suffix in (".pth", ".pt")
+
+
+def read(path: Path) -> SpookyNet:
+    """Read a checkpoint of the published program (a ``.pth`` dictionary of hyperparameters and ``state_dict``).
+
+    Only tensors and plain values are unpickled. Raises `ValueError` if the file is damaged or is something else.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"modelPath: {path.name} is not a readable SpookyNet checkpoint ({_first_line(error)})") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
+        raise ValueError(f"modelPath: {path.name} is not a SpookyNet checkpoint (expected a dictionary with 'state_dict')")
+    return build(saved)
+
+
+def build(saved: dict[str, Any]) -> SpookyNet:
+    """The model of a checkpoint dictionary; raises `ValueError` naming what is missing or does not fit."""
+    basis = saved.get("basis_functions", "exp-bernstein")
+    if basis != "exp-bernstein":
+        raise ValueError(f"basis_functions: expected 'exp-bernstein', got {basis!r}")
+    options: dict[str, Any] = {name: saved[name] for name in _SAME if name in saved}
+    options |= {ours: saved[theirs] for theirs, ours in _RENAMED.items() if theirs in saved}
+    # older files do not have these two keys and mean the older form
+    options["use_irreps"] = saved.get("use_irreps", False)
+    options["use_nonlinear_embedding"] = saved.get("use_nonlinear_embedding", True)
+    state = dict(saved["state_dict"])
+    omega = state.get("module.0.nonlocal_interaction.attention.omega")
+    if omega is not None:
+        options["num_random_features"] = int(omega.shape[1])
+    model = SpookyNet(SpookyNetConfig(**options))
+    translated = translate(state, model.config)
+    try:
+        model.load_state_dict(translated, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"modelPath: the checkpoint does not fit SpookyNet ({_first_line(error)})") from error
+    return model.eval().requires_grad_(False)
+
+
+def translate(state: dict[str, Tensor], c: SpookyNetConfig) -> dict[str, Tensor]:
+    """Published state_dict keys and shapes -> ours (stacked networks, row-vector weights)."""
+    out: dict[str, Tensor] = {}
+    source = _Source(state)
+    for name in ("element_bias", "output.weight"):
+        out[name] = source.take(name)
+    out["element_embedding"] = source.take("nuclear_embedding.element_embedding")
+    out["electron_config"] = source.take("nuclear_embedding.electron_config")
+    out["config_linear.weight"] = source.take("nuclear_embedding.config_linear.weight")
+    for ours, theirs in (("charge_embedding", "charge_embedding"), ("spin_embedding", "magmom_embedding")):
+        _electronic(out, source, ours, theirs, c)
+    out["radial_basis.alpha_raw"] = source.take("radial_basis_functions._alpha")
+    out["radial_basis.log_binomial"] = source.take("radial_basis_functions.logc")
+    # the published buffers n = K-1..0 and v = 0..K-1 multiply -alpha r and log(1 - exp(-alpha r))
+    out["radial_basis.power_near"] = source.take("radial_basis_functions.n")
+    out["radial_basis.power_far"] = source.take("radial_basis_functions.v")
+    for t in range(c.num_modules):
+        _module(out, source, t, c)
+    if c.use_zbl_repulsion:
+        zbl = "zbl_repulsion_energy._"
+        out["repulsion.divisor_raw"] = source.take(zbl + "adiv").reshape(())
+        out["repulsion.power_raw"] = source.take(zbl + "apow").reshape(())
+        out["repulsion.weights_raw"] = torch.cat([source.take(f"{zbl}c{k}").reshape(1) for k in (1, 2, 3, 4)])
+        out["repulsion.exponents_raw"] = torch.cat([source.take(f"{zbl}a{k}").reshape(1) for k in (1, 2, 3, 4)])
+    if c.use_d4_dispersion:
+        for name in ("s6", "s8", "a1", "a2", "scaleq"):
+            out[f"dispersion.{name}_raw"] = source.take(f"d4_dispersion_energy._{name}").reshape(())
+        for name in TABLES:
+            out[f"dispersion.{name}"] = source.take(f"d4_dispersion_energy.{name}")
+    return out
+
+
+class _Source:
+    """The published state_dict, with an error that names a missing tensor."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.state:
+            raise ValueError(f"modelPath: the checkpoint lacks the tensor {name!r}")
+        return self.state[name]
+
+
+def _block(out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], bias: bool = True) -> None:
+    """Residual blocks of one shape, stacked: published (F,) activations and (out, in) weights."""
+    for k in (1, 2):
+        for name in ("alpha", "beta"):
+            tensors = [source.take(f"{p}.activation{k}.{name}") for p in theirs]
+            out[f"{ours}.activation{k}.{name}"] = torch.stack(tensors)[:, None]
+        _linear(out, source, f"{ours}.linear{k}", [f"{p}.linear{k}" for p in theirs], bias)
+
+
+def _linear(out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], bias: bool = True) -> None:
+    out[f"{ours}.weight"] = torch.stack([source.take(f"{p}.weight").T for p in theirs]).contiguous()
+    if bias:
+        out[f"{ours}.bias"] = torch.stack([source.take(f"{p}.bias") for p in theirs])[:, None]
+
+
+def _mlps(out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], blocks: int, bias: bool = True) -> None:
+    for b in range(blocks):
+        _block(out, source, f"{ours}.blocks.{b}", [f"{p}.residual.stack.{b}" for p in theirs], bias)
+    for name in ("alpha", "beta"):
+        out[f"{ours}.activation.{name}"] = torch.stack([source.take(f"{p}.activation.{name}") for p in theirs])[:, None]
+    _linear(out, source, f"{ours}.linear", [f"{p}.linear" for p in theirs], bias)
+
+
+def _electronic(out: dict[str, Tensor], source: _Source, ours: str, theirs: str, c: SpookyNetConfig) -> None:
+    if c.use_nonlinear_embedding:
+        out[f"{ours}.linear_q.weight"] = source.take(f"{theirs}.linear_q.weight")
+        for kind, bias in (("k", True), ("v", False)):
+            out[f"{ours}.featurize_{kind}.weight"] = source.take(f"{theirs}.featurize_{kind}.weight")
+            if bias:
+                out[f"{ours}.featurize_{kind}.bias"] = source.take(f"{theirs}.featurize_{kind}.bias")
+            _mlps(out, source, f"{ours}.mlp_{kind}", [f"{theirs}.resblock_{kind}"], c.num_residual_electron, bias)
+        return
+    for name in ("linear_q.weight", "linear_q.bias", "linear_k.weight", "linear_v.weight"):
+        out[f"{ours}.{name}"] = source.take(f"{theirs}.{name}")
+    _mlps(out, source, f"{ours}.mlp", [f"{theirs}.resblock"], c.num_residual_electron, bias=False)
+
+
+def _module(out: dict[str, Tensor], source: _Source, t: int, c: SpookyNetConfig) -> None:
+    ours, theirs = f"interactions.{t}", f"module.{t}"
+    for part, blocks in (("residual_pre", c.num_residual_pre), ("residual_post", c.num_residual_post)):
+        for b in range(blocks):
+            _block(out, source, f"{ours}.{part}.blocks.{b}", [f"{theirs}.{part}.stack.{b}"])
+    local, nonlocal_ = f"{theirs}.local_interaction", f"{theirs}.nonlocal_interaction"
+    heads = [f"{local}.resblock_{h}" for h in "xspd"] + [f"{nonlocal_}.resblock_{h}" for h in "qkv"]
+    depth = [c.num_residual_local_x, c.num_residual_local_s, c.num_residual_local_p, c.num_residual_local_d]
+    depth += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v]
+    for g, blocks in enumerate(sorted(set(depth))):
+        group = [name for name, n in zip(heads, depth, strict=True) if n == blocks]
+        _mlps(out, source, f"{ours}.heads.groups.{g}", group, blocks)
+    out[f"{ours}.attention.omega"] = source.take(f"{nonlocal_}.attention.omega")
+    out[f"{ours}.radial.weight"] = torch.cat([source.take(f"{local}.radial_{k}.weight") for k in "spd"])
+    for kind in "pd":
+        out[f"{ours}.projection_{kind}.weight"] = source.take(f"{local}.projection_{kind}.weight")
+    _mlps(out, source, f"{ours}.local", [f"{local}.resblock"], c.num_residual_local)
+    _mlps(out, source, f"{ours}.output", [f"{theirs}.resblock"], c.num_residual_output)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
