@@ -1,4 +1,4 @@
-"""Looking up plugins by entry point; the standard library only, so that any layer and any half-imported state may use it.
+"""Looking up plugins by entry point; the standard library only, so that any layer and any import order can use it.
 
 Groups: ``openmm_mlff.potentials`` (name of a potential -> its `Family`), ``openmm_mlff.commands`` (name of a command ->
 a function that adds its parser to the command line), ``openmmml.potentials`` (what openmm-ml reads).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +16,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+_cache: list[str] = []
+
+
+def pytest_configure() -> None:
+    """Give the whole run (with its worker processes, which inherit it) a model cache of its own."""
+    if "OPENMM_MLFF_CACHE" not in os.environ:
+        _cache.append(tempfile.mkdtemp(prefix="openmm-mlff-tests-"))
+        os.environ["OPENMM_MLFF_CACHE"] = _cache[0]
+
+
+def pytest_unconfigure() -> None:
+    for folder in _cache:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class SharedData(type(Path())):  # type: ignore[misc]

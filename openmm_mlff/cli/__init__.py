@@ -31,11 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not hasattr(args, "func"):
-        parser.print_help()
-        return 0
     try:
-        return int(args.func(args) or 0)
+        status = 0
+        if hasattr(args, "func"):
+            status = int(args.func(args) or 0)
+        else:
+            print(parser.format_help(), end="")
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("openmm-mlff: interrupted", file=sys.stderr)
         return 130
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except EXPECTED as error:
         if args.debug:
-            traceback.print_exc()
+            traceback.print_exception(error)
         else:
             print(f"openmm-mlff {args.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1
@@ -71,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
         add_parser(subparsers)
     for name in sorted(_plugins.registered(_plugins.COMMANDS)):
         _add_plugin_command(name, subparsers)
+    for subparser in set(subparsers.choices.values()):
+        if "--debug" not in subparser.format_usage():
+            # SUPPRESS: not given here must not undo what was given before the command
+            subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
