@@ -139,6 +139,7 @@ class VerletPairs:
                 pairs=all_pairs(batch.counts, half=False),
                 long_range_pairs=all_pairs(batch.counts, half=True) if long_range else None,
             )
+            _derive(self._batch)
 
     def update(self, positions: Tensor, cell: Tensor | None) -> Batch:
         """The batch with lists valid at `positions` ``(n_atoms, 3)`` and `cell`; its own positions are stale."""
@@ -154,6 +155,7 @@ class VerletPairs:
             self.reference = positions.detach().clone()
             self._reference_cell = None if cell is None else cell.detach().clone()
             self.rebuilds += 1
+            _derive(self._batch)
         return self._batch
 
     def _stale(self, positions: Tensor, cell: Tensor | None) -> bool:
@@ -163,6 +165,11 @@ class VerletPairs:
             return True
         moved = (positions - self.reference).square().sum(-1).max()
         return not bool(moved <= (0.5 * self._skin) ** 2)
+
+
+def _derive(batch: Batch) -> None:
+    """Compute what follows from atoms and pairs, so that `Batch.at` carries it to every step."""
+    _ = batch.counts, batch.dense_slot, batch.neighbors
 
 
 def _cast(pairs: Pairs | None, dtype: torch.dtype) -> Pairs | None:

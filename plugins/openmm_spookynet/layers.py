@@ -1,8 +1,8 @@
 """Building blocks of SpookyNet: residual networks, embeddings, attention (Unke et al. 2021, Methods).
 
-Row-vector convention: features are ``(n_atoms, F)`` and a linear layer computes ``x @ weight + bias``. Blocks come in
-stacks of n networks of one shape that read the same input, with parameters ``(n, F, F)``: one batched product
-instead of n small ones.
+Row-vector convention: features are ``(n_atoms, F)`` and a linear layer computes ``x @ weight + bias``. Every block exists
+for one network (``n=None``, weights ``(F, F)``) and for n networks of one shape side by side (weights ``(n, F, F)``,
+features ``(n, n_atoms, F)``): one batched product instead of n small ones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Activation(nn.Module):
     ``swish``: alpha x sigmoid(beta x), starts as an approximate GELU (beta = 1.702). ``ssp``: alpha (softplus(beta x) - ln 2) / beta.
     """
 
-    def __init__(self, kind: str, n: int, features: int) -> None:
+    def __init__(self, kind: str, n: int | None, features: int) -> None:
         super().__init__()
         self.kind = kind
-        self.alpha = nn.Parameter(torch.ones(n, 1, features))
-        self.beta = nn.Parameter(torch.full((n, 1, features), 1.702 if kind == "swish" else 1.0))
+        shape = (features,) if n is None else (n, 1, features)
+        self.alpha = nn.Parameter(torch.ones(shape))
+        self.beta = nn.Parameter(torch.full(shape, 1.702 if kind == "swish" else 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swish":
@@ -38,26 +39,29 @@ class Activation(nn.Module):
 
 
 class Linear(nn.Module):
-    """n linear layers, ``(n, n_atoms, F_in)`` -> ``(n, n_atoms, F_out)``."""
+    """Linear layers: ``(n_atoms, F_in)`` -> ``(n_atoms, F_out)``, or with n of them ``(n, n_atoms, F_in)`` -> ``(n, n_atoms, F_out)``."""
 
-    def __init__(self, n: int, inputs: int, outputs: int, bias: bool = True, zero: bool = False) -> None:
+    def __init__(self, n: int | None, inputs: int, outputs: int, bias: bool = True, zero: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(n, 1, outputs)) if bias else None
+        weight = torch.zeros(n or 1, inputs, outputs)
         if not zero:
-            for w in self.weight:
+            for w in weight:
                 nn.init.orthogonal_(w)
+        self.weight = nn.Parameter(weight[0] if n is None else weight)
+        self.bias = nn.Parameter(torch.zeros(outputs) if n is None else torch.zeros(n, 1, outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return torch.bmm(x, self.weight)
+            return x @ self.weight
+        if self.weight.dim() == 2:
+            return torch.addmm(self.bias, x, self.weight)
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 class ResidualBlock(nn.Module):
     """x + W2 s2(W1 s1(x) + b1) + b2; starts as the identity."""
 
-    def __init__(self, kind: str, n: int, features: int, bias: bool = True) -> None:
+    def __init__(self, kind: str, n: int | None, features: int, bias: bool = True) -> None:
         super().__init__()
         self.activation1 = Activation(kind, n, features)
         self.linear1 = Linear(n, features, features, bias)
@@ -68,27 +72,22 @@ class ResidualBlock(nn.Module):
         return x + self.linear2(self.activation2(self.linear1(self.activation1(x))))
 
 
-class ResidualStack(nn.Module):
-    """One network of several residual blocks, ``(n_atoms, F)`` -> ``(n_atoms, F)``."""
+class ResidualStack(nn.Sequential):
+    """Residual blocks in sequence, ``(n_atoms, F)`` -> ``(n_atoms, F)``."""
 
     def __init__(self, kind: str, blocks: int, features: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(kind, 1, features) for _ in range(blocks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[None]  # (1, n_atoms, F)
-        for block in self.blocks:
-            x = block(x)
-        return x[0]
+        super().__init__(*(ResidualBlock(kind, None, features) for _ in range(blocks)))
 
 
-class ResidualMLPs(nn.Module):
-    """n residual multilayer perceptrons that read one input: W s(blocks(x)) + b.
+class ResidualMLP(nn.Module):
+    """Residual multilayer perceptron, W s(blocks(x)) + b: ``(n_atoms, F)`` -> ``(n_atoms, F)``.
 
-    ``(n_atoms, F)`` -> ``(n, n_atoms, F)``; every network has its own parameters.
+    With n networks that read one input: ``(n_atoms, F)`` -> ``(n, n_atoms, F)``.
     """
 
-    def __init__(self, kind: str, n: int, blocks: int, features: int, bias: bool = True, zero: bool = False) -> None:
+    def __init__(
+        self, kind: str, blocks: int, features: int, n: int | None = None, bias: bool = True, zero: bool = False
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(kind, n, features, bias) for _ in range(blocks))
         self.activation = Activation(kind, n, features)
@@ -96,9 +95,10 @@ class ResidualMLPs(nn.Module):
         self.n = n
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[None].expand(self.n, -1, -1)  # (n, n_atoms, F)
+        if self.n is not None and len(self.blocks) == 0:
+            x = x.expand(self.n, -1, -1)
         for block in self.blocks:
-            x = block(x)
+            x = block(x)  # the first activation's parameters spread (n_atoms, F) over the n networks
         return self.linear(self.activation(x))
 
 
@@ -115,7 +115,7 @@ class ElectronicEmbedding(nn.Module):
         self.linear_q = nn.Linear(features, features)
         self.linear_k = nn.Linear(inputs, features, bias=False)
         self.linear_v = nn.Linear(inputs, features, bias=False)
-        self.mlp = ResidualMLPs(kind, 1, blocks, features, bias=False, zero=True)
+        self.mlp = ResidualMLP(kind, blocks, features, bias=False, zero=True)
 
     def forward(self, z: Tensor, value: Tensor, batch: Batch) -> Tensor:
         e = torch.stack([value.relu(), (-value).relu()], -1) if self.signed else value.abs()[:, None]  # (n_structures, 2|1)
@@ -124,7 +124,7 @@ class ElectronicEmbedding(nn.Module):
         v = self.linear_v(e)[batch.segment]
         a = softplus((q * k).sum(-1) / math.sqrt(q.shape[-1]))
         share = a / (batch.sum_by_structure(a) + 1e-8)[batch.segment]
-        return self.mlp(share[:, None] * v)[0]
+        return self.mlp(share[:, None] * v)
 
 
 class NonlinearElectronicEmbedding(nn.Module):
@@ -134,15 +134,15 @@ class NonlinearElectronicEmbedding(nn.Module):
         super().__init__()
         self.linear_q = nn.Linear(features, features, bias=False)
         self.featurize_k = nn.Linear(1, features)
-        self.mlp_k = ResidualMLPs(kind, 1, blocks, features)
+        self.mlp_k = ResidualMLP(kind, blocks, features)
         self.featurize_v = nn.Linear(1, features, bias=False)
-        self.mlp_v = ResidualMLPs(kind, 1, blocks, features, bias=False)
+        self.mlp_v = ResidualMLP(kind, blocks, features, bias=False)
 
     def forward(self, z: Tensor, value: Tensor, batch: Batch) -> Tensor:
         e = value[:, None]
         q = self.linear_q(z)
-        k = self.mlp_k(self.featurize_k(e))[0][batch.segment]
-        v = self.mlp_v(self.featurize_v(e))[0][batch.segment]
+        k = self.mlp_k(self.featurize_k(e))[batch.segment]
+        v = self.mlp_v(self.featurize_v(e))[batch.segment]
         dot = (q * k).sum(-1)
         largest = batch.to_dense(dot, fill=-math.inf).amax(1)[batch.segment]
         a = torch.exp((dot - largest) / math.sqrt(q.shape[-1]))

@@ -21,7 +21,7 @@ from openmm_spookynet.layers import (
     ElectronicEmbedding,
     LinearAttention,
     NonlinearElectronicEmbedding,
-    ResidualMLPs,
+    ResidualMLP,
     ResidualStack,
 )
 from openmm_spookynet.terms import (
@@ -65,7 +65,7 @@ class Heads(nn.Module):
         # one batched product for all networks of the same depth
         self.members = [[h for h in range(7) if depth[h] == n] for n in sorted(set(depth))]
         self.groups = nn.ModuleList(
-            ResidualMLPs(c.activation, len(heads), depth[heads[0]], c.num_features) for heads in self.members
+            ResidualMLP(c.activation, depth[heads[0]], c.num_features, n=len(heads)) for heads in self.members
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -87,9 +87,9 @@ class InteractionModule(nn.Module):
         self.radial = nn.Linear(c.num_basis_functions, 3 * features, bias=False)  # K -> G_s, G_p, G_d
         self.projection_p = nn.Linear(features, 2 * features, bias=False)
         self.projection_d = nn.Linear(features, 2 * features, bias=False)
-        self.local = ResidualMLPs(c.activation, 1, c.num_residual_local, features)
+        self.local = ResidualMLP(c.activation, c.num_residual_local, features)
         self.residual_post = ResidualStack(c.activation, c.num_residual_post, features)
-        self.output = ResidualMLPs(c.activation, 1, c.num_residual_output, features)
+        self.output = ResidualMLP(c.activation, c.num_residual_output, features)
 
     def messages(self, x: Tensor, batch: Batch) -> Messages:
         """The part that positions do not enter directly."""
@@ -99,9 +99,9 @@ class InteractionModule(nn.Module):
 
     def interact(self, m: Messages, g: Geometry) -> tuple[Tensor, Tensor]:
         """New features and this module's contribution to the descriptor, ``(n_atoms, F)`` each."""
-        local = self.local(self.local_features(m, g))[0]
+        local = self.local(self.local_features(m, g))
         x = self.residual_post(m.x + local + m.nonlocal_)
-        return x, self.output(x)[0]
+        return x, self.output(x)
 
     def local_features(self, m: Messages, g: Geometry) -> Tensor:
         """s + <P, P> + <D, D>: rotationally invariant products of s-, p- and d-type sums over neighbours (eqs. 3-5)."""

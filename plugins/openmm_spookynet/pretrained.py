@@ -126,27 +126,45 @@ class _Source:
         return self.state[name]
 
 
-def _block(out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], bias: bool = True) -> None:
-    """Residual blocks of one shape, stacked: published (F,) activations and (out, in) weights."""
+def _gather(source: _Source, names: list[str], single: bool) -> Tensor:
+    """One tensor, or several stacked as ``(n, 1, F)``."""
+    tensors = [source.take(name) for name in names]
+    return tensors[0] if single else torch.stack(tensors)[:, None]
+
+
+def _linear(
+    out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], single: bool, bias: bool = True
+) -> None:
+    """Published weights are (out, in); ours (in, out), stacked where several networks run side by side."""
+    weights = [source.take(f"{p}.weight").T.contiguous() for p in theirs]
+    out[f"{ours}.weight"] = weights[0] if single else torch.stack(weights)
+    if bias:
+        out[f"{ours}.bias"] = _gather(source, [f"{p}.bias" for p in theirs], single)
+
+
+def _block(
+    out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], single: bool = True, bias: bool = True
+) -> None:
     for k in (1, 2):
         for name in ("alpha", "beta"):
-            tensors = [source.take(f"{p}.activation{k}.{name}") for p in theirs]
-            out[f"{ours}.activation{k}.{name}"] = torch.stack(tensors)[:, None]
-        _linear(out, source, f"{ours}.linear{k}", [f"{p}.linear{k}" for p in theirs], bias)
+            out[f"{ours}.activation{k}.{name}"] = _gather(source, [f"{p}.activation{k}.{name}" for p in theirs], single)
+        _linear(out, source, f"{ours}.linear{k}", [f"{p}.linear{k}" for p in theirs], single, bias)
 
 
-def _linear(out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], bias: bool = True) -> None:
-    out[f"{ours}.weight"] = torch.stack([source.take(f"{p}.weight").T for p in theirs]).contiguous()
-    if bias:
-        out[f"{ours}.bias"] = torch.stack([source.take(f"{p}.bias") for p in theirs])[:, None]
-
-
-def _mlps(out: dict[str, Tensor], source: _Source, ours: str, theirs: list[str], blocks: int, bias: bool = True) -> None:
+def _mlp(
+    out: dict[str, Tensor],
+    source: _Source,
+    ours: str,
+    theirs: list[str],
+    blocks: int,
+    single: bool = True,
+    bias: bool = True,
+) -> None:
     for b in range(blocks):
-        _block(out, source, f"{ours}.blocks.{b}", [f"{p}.residual.stack.{b}" for p in theirs], bias)
+        _block(out, source, f"{ours}.blocks.{b}", [f"{p}.residual.stack.{b}" for p in theirs], single, bias)
     for name in ("alpha", "beta"):
-        out[f"{ours}.activation.{name}"] = torch.stack([source.take(f"{p}.activation.{name}") for p in theirs])[:, None]
-    _linear(out, source, f"{ours}.linear", [f"{p}.linear" for p in theirs], bias)
+        out[f"{ours}.activation.{name}"] = _gather(source, [f"{p}.activation.{name}" for p in theirs], single)
+    _linear(out, source, f"{ours}.linear", [f"{p}.linear" for p in theirs], single, bias)
 
 
 def _electronic(out: dict[str, Tensor], source: _Source, ours: str, theirs: str, c: SpookyNetConfig) -> None:
@@ -156,31 +174,31 @@ def _electronic(out: dict[str, Tensor], source: _Source, ours: str, theirs: str,
             out[f"{ours}.featurize_{kind}.weight"] = source.take(f"{theirs}.featurize_{kind}.weight")
             if bias:
                 out[f"{ours}.featurize_{kind}.bias"] = source.take(f"{theirs}.featurize_{kind}.bias")
-            _mlps(out, source, f"{ours}.mlp_{kind}", [f"{theirs}.resblock_{kind}"], c.num_residual_electron, bias)
+            _mlp(out, source, f"{ours}.mlp_{kind}", [f"{theirs}.resblock_{kind}"], c.num_residual_electron, bias=bias)
         return
     for name in ("linear_q.weight", "linear_q.bias", "linear_k.weight", "linear_v.weight"):
         out[f"{ours}.{name}"] = source.take(f"{theirs}.{name}")
-    _mlps(out, source, f"{ours}.mlp", [f"{theirs}.resblock"], c.num_residual_electron, bias=False)
+    _mlp(out, source, f"{ours}.mlp", [f"{theirs}.resblock"], c.num_residual_electron, bias=False)
 
 
 def _module(out: dict[str, Tensor], source: _Source, t: int, c: SpookyNetConfig) -> None:
     ours, theirs = f"interactions.{t}", f"module.{t}"
     for part, blocks in (("residual_pre", c.num_residual_pre), ("residual_post", c.num_residual_post)):
         for b in range(blocks):
-            _block(out, source, f"{ours}.{part}.blocks.{b}", [f"{theirs}.{part}.stack.{b}"])
+            _block(out, source, f"{ours}.{part}.{b}", [f"{theirs}.{part}.stack.{b}"])
     local, nonlocal_ = f"{theirs}.local_interaction", f"{theirs}.nonlocal_interaction"
     heads = [f"{local}.resblock_{h}" for h in "xspd"] + [f"{nonlocal_}.resblock_{h}" for h in "qkv"]
     depth = [c.num_residual_local_x, c.num_residual_local_s, c.num_residual_local_p, c.num_residual_local_d]
     depth += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v]
     for g, blocks in enumerate(sorted(set(depth))):
         group = [name for name, n in zip(heads, depth, strict=True) if n == blocks]
-        _mlps(out, source, f"{ours}.heads.groups.{g}", group, blocks)
+        _mlp(out, source, f"{ours}.heads.groups.{g}", group, blocks, single=False)
     out[f"{ours}.attention.omega"] = source.take(f"{nonlocal_}.attention.omega")
     out[f"{ours}.radial.weight"] = torch.cat([source.take(f"{local}.radial_{k}.weight") for k in "spd"])
     for kind in "pd":
         out[f"{ours}.projection_{kind}.weight"] = source.take(f"{local}.projection_{kind}.weight")
-    _mlps(out, source, f"{ours}.local", [f"{local}.resblock"], c.num_residual_local)
-    _mlps(out, source, f"{ours}.output", [f"{theirs}.resblock"], c.num_residual_output)
+    _mlp(out, source, f"{ours}.local", [f"{local}.resblock"], c.num_residual_local)
+    _mlp(out, source, f"{ours}.output", [f"{theirs}.resblock"], c.num_residual_output)
 
 
 def _first_line(error: BaseException) -> str:
