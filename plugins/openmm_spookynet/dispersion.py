@@ -47,10 +47,21 @@ TABLES: dict[str, tuple[int, ...]] = {
 
 @dataclass
 class FixedD4:
-    """What the elements and the pair list decide: `kind` numbers the distinct elements of the batch."""
+    """What the elements decide. `kind` numbers the distinct elements; tables of pairs are ``(n_kinds * n_kinds,)``."""
 
     kind: Tensor  # (n_atoms,)
-    reference_c6: Tensor  # (n_kinds, n_kinds, 7, 7) hartree bohr^6
+    reference_c6: Tensor  # (n_atoms, n_kinds, 7, 7) hartree bohr^6, first index already the atom's element
+    bond: Tensor  # sum of covalent radii, scaled
+    polarity: Tensor  # weight of a bond by its electronegativity difference
+    size_squared: Tensor  # R^2 = 3 r4r2_i r4r2_j squared
+    radius: Tensor  # r0 = a1 R + a2
+    count_weight: Tensor  # (n_atoms, 7, 3) exponents of the Gaussians in the coordination number
+    count_mask: Tensor
+    count: Tensor
+    unmatched: Tensor  # (n_atoms, 7) weights where no reference is near
+    reference_charge: Tensor  # (n_atoms, 7) effective nuclear charge plus reference charge
+    effective_charge: Tensor  # (n_atoms,)
+    hardness: Tensor  # (n_atoms, 1)
 
 
 class D4Dispersion(nn.Module):
@@ -73,7 +84,23 @@ class D4Dispersion(nn.Module):
         screened = (self.hcount[elements] * self.sscale[system] * scaling)[..., None] * self.secaiw[system]
         alpha = (self.ascale[elements][..., None] * (self.alphaiw[elements] - screened)).clamp(min=0)  # (n_kinds, 7, 23)
         c6 = (3.0 / math.pi) * torch.einsum("w,iaw,jbw->ijab", self.casimir_polder_weights, alpha, alpha)
-        return FixedD4(kind, c6)
+        r4r2, rcov, en = self.sqrt_r4r2[elements], self.rcov[elements], self.en[elements]
+        size = math.sqrt(3.0) * r4r2[:, None] * r4r2
+        return FixedD4(
+            kind=kind,
+            reference_c6=c6[kind],
+            bond=(K2 * (rcov[:, None] + rcov)).flatten(),
+            polarity=(K4 * torch.exp(-((en[:, None] - en).abs() + K5).square() / K6)).flatten(),
+            size_squared=size.square().flatten(),
+            radius=(softplus(self.a1_raw) * size + softplus(self.a2_raw)).flatten(),
+            count_weight=-WEIGHT_STEEPNESS * self.ncount_weight[numbers],
+            count_mask=self.ncount_mask[numbers],
+            count=self.cn[numbers],
+            unmatched=self.fixgweights[numbers],
+            reference_charge=self.zeff[numbers][:, None] + self.refq[numbers] * softplus(self.scaleq_raw),
+            effective_charge=self.zeff[numbers],
+            hardness=self.gam[numbers][:, None],
+        )
 
     def forward(
         self, fixed: FixedD4, batch: Batch, charges: Tensor, distances: Tensor, long_range_cutoff: float | None
@@ -83,50 +110,45 @@ class D4Dispersion(nn.Module):
         i, j = batch.long_range_pairs.first, batch.long_range_pairs.second
         r = distances / BOHR
         limit = None if long_range_cutoff is None else long_range_cutoff / BOHR
-        weights = self._reference_weights(batch, charges, self._coordination(batch, i, j, r, limit))  # (n_atoms, 7)
+        pair = fixed.kind[i] * fixed.reference_c6.shape[1] + fixed.kind[j]
+        coordination = self._coordination(fixed, batch, pair, r, limit)
+        weights = self._reference_weights(fixed, charges, coordination)  # (n_atoms, 7)
         # C6_ij = zeta_i . c6[kind_i, kind_j] . zeta_j, contracted over i's references once per atom and element
-        half = torch.einsum("na,nkab->nkb", weights, fixed.reference_c6[fixed.kind])  # (n_atoms, n_kinds, 7)
+        half = (weights[:, None, None] @ fixed.reference_c6)[:, :, 0]  # (n_atoms, n_kinds, 7)
         c6 = (half[i, fixed.kind[j]] * weights[j]).sum(-1)
-        size = math.sqrt(3.0) * self.sqrt_r4r2[batch.numbers[i]] * self.sqrt_r4r2[batch.numbers[j]]
-        r0 = softplus(self.a1_raw) * size + softplus(self.a2_raw)
+        r0 = fixed.radius[pair]
         s6, s8 = softplus(self.s6_raw), softplus(self.s8_raw)
-        shape = s6 * _damped_power(r, r0, 6, limit) + s8 * size.square() * _damped_power(r, r0, 8, limit)
+        shape = s6 * _damped_power(r, r0, 6, limit) + s8 * fixed.size_squared[pair] * _damped_power(r, r0, 8, limit)
         energy = -HARTREE * c6 * shape
         return energy if limit is None else torch.where(r < limit, energy, torch.zeros_like(energy))
 
-    def _coordination(self, batch: Batch, i: Tensor, j: Tensor, r: Tensor, limit: float | None) -> Tensor:
+    def _coordination(self, fixed: FixedD4, batch: Batch, pair: Tensor, r: Tensor, limit: float | None) -> Tensor:
         """Fractional coordination numbers weighted by electronegativity difference, ``(n_atoms,)``."""
-        z_i, z_j = batch.numbers[i], batch.numbers[j]
-        bond = K2 * (self.rcov[z_i] + self.rcov[z_j])
-        polarity = K4 * torch.exp(-((self.en[z_i] - self.en[z_j]).abs() + K5).square() / K6)
-        count = polarity * 0.5 * (1.0 + torch.erf(-KN * (r - bond) / bond))
+        assert batch.long_range_pairs is not None
+        count = 0.5 * fixed.polarity[pair] * torch.erfc(KN * (r / fixed.bond[pair] - 1.0))
         if limit is not None:
             count = count * switch_off(r, limit - 1.0 / 1.8897261246, limit)  # as published: 0.53 bohr wide
-        return count.new_zeros(batch.n_atoms).index_add(0, i, count).index_add(0, j, count)
+        ends = torch.cat([batch.long_range_pairs.first, batch.long_range_pairs.second])
+        return count.new_zeros(batch.n_atoms).index_add(0, ends, torch.cat([count, count]))
 
-    def _reference_weights(self, batch: Batch, charges: Tensor, coordination: Tensor) -> Tensor:
+    def _reference_weights(self, fixed: FixedD4, charges: Tensor, coordination: Tensor) -> Tensor:
         """zeta: how much of each reference system an atom resembles, scaled by its charge, ``(n_atoms, 7)``."""
-        z = batch.numbers
-        distance = (coordination[:, None, None] - self.cn[z]).square()
-        gauss = (self.ncount_mask[z] * torch.exp(-WEIGHT_STEEPNESS * self.ncount_weight[z] * distance)).sum(-1)
+        distance = (coordination[:, None, None] - fixed.count).square()
+        gauss = (fixed.count_mask * torch.exp(fixed.count_weight * distance)).sum(-1)
         norm = gauss.sum(-1, keepdim=True)
-        usable = norm > 1e-8
-        weights = torch.where(usable, gauss / torch.where(usable, norm, torch.ones_like(norm)), self.fixgweights[z])
-        reference = self.zeff[z][:, None] + self.refq[z] * softplus(self.scaleq_raw)
-        actual = (self.zeff[z] + charges)[:, None]
-        return weights * _charge_scaling(reference, actual, self.gam[z][:, None])
+        weights = torch.where(norm > 1e-8, gauss / norm.clamp(min=1e-8), fixed.unmatched)
+        actual = (fixed.effective_charge + charges)[:, None]
+        return weights * _charge_scaling(fixed.reference_charge, actual, fixed.hardness)
 
 
 def _charge_scaling(reference: Tensor, actual: Tensor, hardness: Tensor) -> Tensor:
     """exp(3 (1 - exp(2 gam (1 - reference / actual)))), and exp(3) where no electrons are left to be removed."""
-    usable = actual > 1e-8
-    ratio = reference / torch.where(usable, actual, torch.ones_like(actual))
-    scaled = torch.exp(CHARGE_STEEPNESS * (1.0 - torch.exp(2.0 * hardness * (1.0 - ratio))))
-    return torch.where(usable, scaled, torch.full_like(scaled, math.exp(CHARGE_STEEPNESS)))
+    scaled = torch.exp(CHARGE_STEEPNESS * (1.0 - torch.exp(2.0 * hardness * (1.0 - reference / actual.clamp(min=1e-8)))))
+    return torch.where(actual > 1e-8, scaled, torch.full_like(scaled, math.exp(CHARGE_STEEPNESS)))
 
 
 def _damped_power(r: Tensor, r0: Tensor, n: int, limit: float | None) -> Tensor:
-    """1 / (r^n + r0^n), shifted so that value and slope vanish at the cutoff."""
+    """1 / (r^n + r0^n) shifted so that value and slope vanish at the cutoff."""
     value = 1.0 / (r**n + r0**n)
     if limit is None:
         return value

@@ -164,7 +164,8 @@ class LinearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         query_log, key_log = self._log_features(q), self._log_features(k)  # (n_atoms, m) each, and their offsets
         query_max = query_log[0].amax(-1, keepdim=True)
-        key_max = batch.to_dense(key_log[0], fill=-math.inf).amax((1, 2))[batch.segment, None]
+        lowest = torch.finfo(k.dtype).min
+        key_max = first_maximum(batch.to_dense(key_log[0], fill=lowest).flatten(1))[batch.segment]
         phi_q = self._features(query_log, query_max)
         phi_k = self._features(key_log, key_max)
         keys, values, queries = batch.to_dense(phi_k), batch.to_dense(v), batch.to_dense(phi_q)
@@ -180,6 +181,19 @@ class LinearAttention(nn.Module):
     def _features(self, log: tuple[Tensor, Tensor], largest: Tensor) -> Tensor:
         projection, half_norm = log
         return (torch.exp(projection - half_norm - largest) + 1e-4) / math.sqrt(projection.shape[-1])
+
+
+def first_maximum(x: Tensor) -> Tensor:
+    """Largest value of each row, ``(rows, n)`` -> ``(rows, 1)``; of entries equal up to rounding the first one.
+
+    Equivalent atoms of a symmetric molecule tie for the maximum. Which of them carries the derivative must not depend
+    on the order in which sums were rounded, or forces would differ between batches and machines by up to 1e-4 eV/angstrom.
+    """
+    with torch.no_grad():
+        largest = x.amax(1, keepdim=True)
+        near = x >= largest - 8 * torch.finfo(x.dtype).eps * largest.abs()
+        first = near.to(torch.uint8).argmax(1, keepdim=True)
+    return x.gather(1, first)
 
 
 def orthogonal_random_matrix(features: int, random_features: int) -> Tensor:

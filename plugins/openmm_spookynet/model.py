@@ -6,6 +6,7 @@ electrons. Shapes: `slots` is the largest number of neighbours of an atom.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,10 @@ from openmm_spookynet.layers import (
     ResidualStack,
 )
 from openmm_spookynet.terms import (
+    AngularFunctions,
     Electrostatics,
     ExponentialBernstein,
     NuclearRepulsion,
-    angular_functions,
     cutoff_function,
 )
 
@@ -146,6 +147,7 @@ class SpookyNet(Potential):
             self.spin_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=False)
 
         self.radial_basis = ExponentialBernstein(c.num_basis_functions, c.exp_weighting)
+        self.angular = AngularFunctions(c.use_irreps)
         self.interactions = nn.ModuleList(InteractionModule(c) for _ in range(c.num_modules))
         self.output = nn.Linear(features, 2, bias=False)  # e_i, q_i
         nn.init.zeros_(self.output.weight)
@@ -168,6 +170,12 @@ class SpookyNet(Potential):
             "d4": None if self.dispersion is None else self.dispersion.fixed(batch.numbers),
         }
 
+    def shift_atomic_energies(self, shifts: Mapping[int, float]) -> None:
+        """Add a constant (eV) to the energy of every atom of an element, in place."""
+        with torch.no_grad():
+            for number, shift in shifts.items():
+                self.element_bias[number, 0] += shift
+
     # -- what positions decide -------------------------------------------------------------------------------
 
     def predict(self, batch: Batch, fixed: dict[str, Any]) -> Prediction:
@@ -189,12 +197,11 @@ class SpookyNet(Potential):
         # padding is put beyond the cutoff, where every function is zero and has no gradient
         beyond = batch.positions.new_tensor([2.0 * self.cutoff, 0.0, 0.0])
         vectors = torch.where(mask[..., None], batch.neighbor_vectors(), beyond)  # (n_atoms, slots, 3)
-        r = vectors.norm(dim=-1)
-        f = cutoff_function(r, self.cutoff)
-        p, d = angular_functions(vectors / r[..., None], self.config.use_irreps)
-        return Geometry(
-            batch.neighbors.index, r, f, self.radial_basis(r, f), p.transpose(1, 2), d.transpose(1, 2).contiguous()
-        )
+        r_squared = vectors.square().sum(-1)
+        r = r_squared.sqrt()
+        f = cutoff_function(r_squared, self.cutoff)
+        p, d = self.angular(vectors / r[..., None])
+        return Geometry(batch.neighbors.index, r, f, self.radial_basis(r, f), p, d)
 
     def descriptor(self, batch: Batch, first: Messages, geometry: Geometry) -> Tensor:
         """Sum of the modules' contributions, ``(n_atoms, F)``."""

@@ -7,6 +7,7 @@ model was trained with; they are part of the trained function.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,23 @@ def inverse_softplus(x: float) -> float:
     return x + math.log(-math.expm1(-x))
 
 
-def cutoff_function(r: Tensor, cutoff: float) -> Tensor:
-    """f(r) = exp(-r^2 / ((rc - r)(rc + r))) inside the cutoff, 0 beyond; infinitely differentiable (eq. 16)."""
-    inside = r < cutoff
-    safe = torch.where(inside, r, torch.zeros_like(r))
-    bump = torch.exp(-safe.square() / ((cutoff - safe) * (cutoff + safe)))
-    return torch.where(inside, bump, torch.zeros_like(r))
+def cutoff_function(r_squared: Tensor, cutoff: float) -> Tensor:
+    """f(r) = exp(-r^2 / ((rc - r)(rc + r))) inside the cutoff, 0 beyond; infinitely differentiable (eq. 16).
+
+    Takes r^2 (angstrom^2). Within 0.06 % of the cutoff f is below the smallest float64 number, so clamping r^2 there
+    changes no value and keeps every derivative finite.
+    """
+    x = r_squared.clamp(max=((1.0 - 6e-4) * cutoff) ** 2)
+    return torch.exp(x / (x - cutoff**2))
 
 
 def switch_off(r: Tensor, on: float, off: float) -> Tensor:
-    """1 below `on`, 0 above `off`, infinitely differentiable between."""
-    t = (r - on) / (off - on)
-    between = (t > 0) & (t < 1)
-    safe = torch.where(between, t, torch.full_like(t, 0.5))
-    # g(1-t) / (g(t) + g(1-t)) with g(t) = exp(-1/t), as a logistic function of the difference of exponents
-    smooth = torch.sigmoid(1.0 / safe - 1.0 / (1.0 - safe))
-    return torch.where(between, smooth, (t <= 0).to(r.dtype))
+    """1 below `on`, 0 above `off`: g(1-t) / (g(t) + g(1-t)) with g(t) = exp(-1/t), t = (r - on)/(off - on).
+
+    Within 0.1 % of either end it differs from 0 or 1 by less than the smallest float64 number.
+    """
+    t = ((r - on) / (off - on)).clamp(1e-3, 1.0 - 1e-3)
+    return torch.sigmoid(1.0 / t - 1.0 / (1.0 - t))
 
 
 class ExponentialBernstein(nn.Module):
@@ -45,7 +47,7 @@ class ExponentialBernstein(nn.Module):
         n = num_functions - 1
         log_binomial = [math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1) for v in range(num_functions)]
         v = torch.arange(num_functions, dtype=torch.float64)
-        self.exp_weighting = exp_weighting
+        self.weighting = 1.0 if exp_weighting else 0.0
         self.register_buffer("log_binomial", torch.tensor(log_binomial, dtype=torch.float64))
         self.register_buffer("power_far", v)
         self.register_buffer("power_near", n - v)
@@ -53,23 +55,46 @@ class ExponentialBernstein(nn.Module):
 
     def forward(self, r: Tensor, f: Tensor) -> Tensor:
         """``(...)`` distances and cutoff values -> ``(..., K)``."""
-        x = -softplus(self.alpha_raw) * r[..., None]
-        log_rho = self.log_binomial + self.power_near * x + self.power_far * torch.log(-torch.expm1(x))
-        if self.exp_weighting:
-            log_rho = log_rho + x
-        return torch.exp(log_rho) * f[..., None]
+        x = -softplus(self.alpha_raw) * r
+        logs = torch.stack([x, torch.log(-torch.expm1(x))], -1)  # (..., 2)
+        powers = torch.stack([self.power_near + self.weighting, self.power_far])  # (2, K)
+        return torch.exp(self.log_binomial + logs @ powers) * f[..., None]
 
 
-def angular_functions(u: Tensor, irreps: bool) -> tuple[Tensor, Tensor]:
-    """Unit vectors ``(..., 3)`` -> p functions ``(..., 3)`` and d functions ``(..., 5)`` (or 6 Cartesian products)."""
-    x, y, z = u.unbind(-1)
-    r3 = math.sqrt(3.0)
-    if irreps:
-        d = [r3 * x * y, r3 * x * z, r3 * y * z, 0.5 * (3 * z * z - 1), 0.5 * r3 * (x * x - y * y)]
-    else:
-        r2 = math.sqrt(2.0)
-        d = [x * x, y * y, z * z, r2 * x * y, r2 * x * z, r2 * y * z]
-    return u, torch.stack(d, -1)
+class AngularFunctions(nn.Module):
+    """Unit vectors ``(n_atoms, slots, 3)`` -> p ``(n_atoms, 3, slots)`` and d functions ``(n_atoms, 5|6, slots)``.
+
+    d functions are real spherical harmonics [sqrt3 xy, sqrt3 xz, sqrt3 yz, (3z^2 - 1)/2, (sqrt3/2)(x^2 - y^2)], or with
+    ``irreps=False`` the Cartesian products [xx, yy, zz, sqrt2 xy, sqrt2 xz, sqrt2 yz].
+    """
+
+    def __init__(self, irreps: bool) -> None:
+        super().__init__()
+        r2, r3 = math.sqrt(2.0), math.sqrt(3.0)
+        xx, xy, xz, yy, yz, zz = 0, 1, 2, 4, 5, 8  # places in the outer product of u with itself
+        if irreps:
+            rows = [{xy: r3}, {xz: r3}, {yz: r3}, {zz: 1.5}, {xx: 0.5 * r3, yy: -0.5 * r3}]
+            constant = [0.0, 0.0, 0.0, -0.5, 0.0]
+        else:
+            rows = [{xx: 1.0}, {yy: 1.0}, {zz: 1.0}, {xy: r2}, {xz: r2}, {yz: r2}]
+            constant = [0.0] * 6
+        self._exact = torch.zeros(9, len(rows), dtype=torch.float64)
+        for column, row in enumerate(rows):
+            for place, factor in row.items():
+                self._exact[place, column] = factor
+        self.register_buffer("products", self._exact.clone(), persistent=False)
+        self.register_buffer("constant", torch.tensor(constant, dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AngularFunctions:
+        super()._apply(fn, recurse)
+        # a model that was float32 and becomes float64 must not keep square roots rounded to float32
+        self.products = self._exact.to(self.products)
+        return self
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        outer = (u[..., :, None] * u[..., None, :]).flatten(-2)
+        d = self.constant + outer @ self.products
+        return u.transpose(1, 2), d.transpose(1, 2)
 
 
 class NuclearRepulsion(nn.Module):
@@ -91,8 +116,7 @@ class NuclearRepulsion(nn.Module):
         scaled = z ** softplus(self.power_raw) * softplus(self.divisor_raw)
         x = (scaled[:, None] + scaled[index]) * r
         c = softplus(self.weights_raw)
-        c = c / c.sum()
-        screening = (c * torch.exp(-softplus(self.exponents_raw) * x[..., None])).sum(-1)
+        screening = torch.exp(x[..., None] * -softplus(self.exponents_raw)) @ (c / c.sum())
         return 0.5 * COULOMB * z * (z[index] / r * f * screening).sum(-1)
 
 
