@@ -1,0 +1,389 @@
+"""What OpenMM calls at every step: positions in, energy and forces out, through a PythonForce.
+
+OpenMM pickles the computation into every System XML and every copied force. So `ForceComputation` pickles to one JSON
+text (which model, which atoms, which options) and loads the model, by its checksum, when it is first called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+import traceback
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openmm
+import torch
+
+from openmm_mlff.data import model_file
+from openmm_mlff.data.structures import SYMBOLS, Structure
+from openmm_mlff.forces import checks
+from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
+
+if TYPE_CHECKING:
+    from openmm_mlff.potentials.evaluator import Evaluator
+    from openmm_mlff.potentials.potential import Potential
+
+SPEC_VERSION = 1
+PRECISIONS = {"single": torch.float32, "double": torch.float64}
+REGIONS = ("open", "wrapped", "periodic")
+#: kJ/mol/nm; under such a force a carbon atom moves by two angstroms in one step of 0.5 fs.
+DEFAULT_MAX_FORCE = 1e7
+#: number of threads, over the choice by size (environment)
+THREADS_VARIABLE = "OPENMM_MLFF_THREADS"
+#: below this size more than one thread costs more than it gains
+SINGLE_THREAD_MAX_ATOMS = 100
+MAX_LOADED_MODELS = 8
+
+
+@dataclass(frozen=True)
+class ForceSpec:
+    """All that a pickled computation carries; plain JSON values.
+
+    Attributes:
+        sha256: of the model file. path: where it was last seen. family: which family reads a file that is not ours.
+        numbers: atomic numbers in the order of the force's particles. atoms: their indices in the system; None
+            means all, in order.
+        charge: total charge in e. multiplicity: 2S+1.
+        precision: 'single', 'double', or None for that of the model file. device: torch's name, None to choose.
+        long_range_cutoff: angstrom, or None for the model's own.
+        region: 'open' (no box), 'wrapped' (an open region in a periodic box: made whole first), 'periodic'.
+        compile: 'auto', True or False. threads: torch threads; None chooses by size.
+        max_force: kJ/mol/nm; a larger force on any atom stops the run. None switches this off.
+    """
+
+    sha256: str
+    family: str
+    numbers: tuple[int, ...]
+    path: str | None = None
+    atoms: tuple[int, ...] | None = None
+    charge: int = 0
+    multiplicity: int = 1
+    precision: str | None = None
+    device: str | None = None
+    long_range_cutoff: float | None = None
+    region: str = "open"
+    compile: bool | str = "auto"
+    threads: int | None = None
+    max_force: float | None = DEFAULT_MAX_FORCE
+
+    def __post_init__(self) -> None:
+        for name in ("numbers", "atoms"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(int(i) for i in value))
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected 'single', 'double' or None, got {self.precision!r}")
+        if self.region not in REGIONS:
+            raise ValueError(f"region: expected one of {', '.join(REGIONS)}, got {self.region!r}")
+
+    def to_json(self) -> str:
+        return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ForceSpec:
+        """Raises `ValueError` for a text that is not a specification of this version or an older one."""
+        try:
+            fields = dict(json.loads(text))
+            version = fields.pop("version")
+            if version > SPEC_VERSION:
+                raise ValueError(f"version {version} is newer than {SPEC_VERSION}, which this package reads")
+            return cls(**fields)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"PythonForce: the stored options of an openmm-mlff force cannot be read ({error})"
+            ) from error
+
+
+class ForceComputation:
+    """The callable behind a PythonForce: ``State -> (energy in kJ/mol, forces (n_atoms, 3) in kJ/mol/nm)``.
+
+    Its import path and its one argument, a JSON text, are stored in System XML files and must stay what they are.
+
+    Attributes:
+        spec: what was stored.
+        error: the exception of the last call, without traceback objects; None after a call that succeeded. Its notes
+            hold the traceback as text.
+    """
+
+    def __init__(self, spec: str | ForceSpec) -> None:
+        self.spec = ForceSpec.from_json(spec) if isinstance(spec, str) else spec
+        self.error: BaseException | None = None
+        self._key = self.spec.to_json()
+        self._numbers = np.array(self.spec.numbers, dtype=np.int64)
+        self._evaluator: Evaluator | None = None
+        self._cell: np.ndarray | None = None
+        self._lock = threading.RLock()
+        self._last_call = 0.0
+        _live(self._key).add(self)
+
+    def __reduce__(self) -> tuple[Callable[[str], ForceComputation], tuple[str]]:
+        return ForceComputation, (self._key,)
+
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        with self._lock:
+            self._last_call = time.monotonic()
+            try:
+                self.error = None
+                return self._evaluate(state)
+            except BaseException as error:
+                # OpenMM keeps only the text of an exception, so the text has to hold everything
+                text = traceback.format_exc()
+                self.error = _without_frames(error, text)
+            raise _explained(self.error, text)
+
+    def describe(self, i: int) -> str:
+        """Atom `i` of this force as the user knows it, e.g. ``'atom 17 (C)'`` with the index in the system."""
+        index = i if self.spec.atoms is None else self.spec.atoms[i]
+        return f"atom {index} ({SYMBOLS[self.spec.numbers[i]]})"
+
+    @property
+    def model(self) -> Potential:
+        """The potential, shared by all computations of this process that ask for the same one."""
+        s = self.spec
+        return load_model(s.sha256, s.family, s.path, s.precision, s.device, s.long_range_cutoff)
+
+    def _evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+        if positions.shape != (len(self._numbers), 3):
+            raise ValueError(
+                f"positions: this force was made for {len(self._numbers)} atoms, but the system hands it "
+                f"{len(positions)}; create the system anew for the changed topology"
+            )
+        if not np.isfinite(positions).all():
+            raise checks.broken_positions(positions, self.describe, _when(state))
+        cell = None
+        if self.spec.region != "open":
+            cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
+            if self.spec.region == "wrapped":
+                positions, cell = checks.make_whole(positions, cell), None
+        self._cell = cell
+        with _threads(self._n_threads()):
+            try:
+                result = self._get_evaluator(positions, cell)(positions, cell)
+            except ValueError as error:
+                same_place = checks.coincident(positions, cell, self.describe, _when(state))
+                if same_place is None:
+                    raise
+                raise same_place from error
+        energy = float(result.energy[0]) * KJ_PER_MOL_PER_EV
+        assert result.forces is not None
+        forces = result.forces.detach().to("cpu", torch.float64).numpy() * KJ_PER_MOL_NM_PER_EV_ANGSTROM
+        limit = np.inf if self.spec.max_force is None else self.spec.max_force
+        if forces.shape != positions.shape:
+            raise ValueError(f"forces: the model returned shape {forces.shape}, expected {positions.shape}")
+        # written so that NaN fails too
+        if not (np.isfinite(energy) and np.abs(forces).max() <= limit):
+            raise checks.unstable(energy, forces, positions, cell, limit, self.describe, _when(state))
+        return energy, np.ascontiguousarray(forces)
+
+    def _get_evaluator(self, positions: np.ndarray, cell: np.ndarray | None) -> Evaluator:
+        if self._evaluator is None:
+            structure = Structure(self._numbers, positions, self.spec.charge, self.spec.multiplicity, cell)
+            model = self.model
+            self._evaluator = model.evaluator(
+                structure, outputs=("energy", "forces"), compile=self.spec.compile is True
+            )
+        return self._evaluator
+
+    def _n_threads(self) -> int:
+        chosen = os.environ.get(THREADS_VARIABLE) or self.spec.threads
+        if chosen is not None:
+            return int(chosen)
+        return 1 if len(self._numbers) <= SINGLE_THREAD_MAX_ATOMS else torch.get_num_threads()
+
+    def pair_list_state(self) -> dict[str, np.ndarray] | None:
+        """Positions ``(n_atoms, 3)`` and cell (angstrom) at which the pair lists were built; None if none are kept.
+
+        A resumed run is the same bit for bit only with the same lists: sums have the order of the list.
+        """
+        with self._lock:
+            pairs = None if self._evaluator is None else self._evaluator.pairs
+            if pairs is None or pairs.reference is None:
+                return None
+            found = {"positions": pairs.reference.cpu().numpy().copy()}
+            if self._cell is not None:
+                # the list is rebuilt whenever the box changes, so the last box is the list's
+                found["cell"] = self._cell.copy()
+            return found
+
+    def restore_pair_list(self, saved: dict[str, np.ndarray] | None) -> None:
+        """Build the pair lists at the positions that `pair_list_state` gave."""
+        if saved is None:
+            return
+        with self._lock:
+            positions = np.array(saved["positions"], dtype=np.float64)
+            cell = np.array(saved["cell"], dtype=np.float64) if "cell" in saved else None
+            evaluator = self._get_evaluator(positions, cell)
+            evaluator.pairs.reference = None
+            evaluator.place(positions, cell, None)
+
+
+class ForceError(RuntimeError):
+    """What OpenMM is given when a computation fails; the message holds the original error and its traceback."""
+
+
+def make_force(
+    computation: ForceComputation, particles: Sequence[int] | None = None, periodic: bool = False, group: int = 0
+) -> openmm.Force:
+    """The OpenMM force that runs a computation; the only place that names a force class.
+
+    This is the seam for openmm-torch's PythonTorchForce (positions and forces as tensors that never leave the GPU):
+    it is on openmm-torch's main branch but in no release, so `openmm.PythonForce` is the only choice now.
+
+    Args:
+        particles: indices in the system, in the order of the computation's atoms; None for all particles.
+        periodic: whether the computation wants box vectors.
+        group: the force group.
+    """
+    force = openmm.PythonForce(computation)
+    force.setName(f"{computation.spec.family} (openmm-mlff)")
+    if particles is not None:
+        force.setParticles([int(i) for i in particles])
+    force.setUsesPeriodicBoundaryConditions(periodic)
+    force.setForceGroup(group)
+    return force
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+_models: OrderedDict[tuple[Any, ...], Potential] = OrderedDict()
+_models_lock = threading.Lock()
+
+
+def choose_device(device: str | None) -> str:
+    """The device to run on: what was asked for, else CUDA where there is one, else the CPU."""
+    return device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    sha256: str,
+    family: str,
+    path: str | Path | None = None,
+    precision: str | None = None,
+    device: str | None = None,
+    long_range_cutoff: float | None = None,
+) -> Potential:
+    """A potential by the checksum of its file, loaded once per process for the same options.
+
+    Args:
+        path: where the file was last seen, if it is not in the cache. long_range_cutoff: angstrom.
+
+    Raises `FileNotFoundError` if no file has this checksum, and what `load_potential` raises.
+    """
+    place = choose_device(device)
+    key = (sha256, precision, place, long_range_cutoff)
+    with _models_lock:
+        if key in _models:
+            _models.move_to_end(key)
+            return _models[key]
+        model = load_potential(model_file.find(sha256, path), family)
+        model.to(device=place, dtype=PRECISIONS[precision] if precision else None)
+        if long_range_cutoff is not None:
+            model.long_range_cutoff = long_range_cutoff
+        _models[key] = model.eval().requires_grad_(False)
+        while len(_models) > MAX_LOADED_MODELS:
+            _models.popitem(last=False)
+        return _models[key]
+
+
+# -- what the outside can ask ------------------------------------------------------------------------------------
+
+_registry: dict[str, weakref.WeakSet[ForceComputation]] = {}
+
+
+def _live(key: str) -> weakref.WeakSet[ForceComputation]:
+    return _registry.setdefault(key, weakref.WeakSet())
+
+
+def computations(source: openmm.System | openmm.Force) -> list[ForceComputation]:
+    """The living computations of a system or force, the last called first.
+
+    OpenMM gives no way from a force to its Python function, and a CustomCVForce copies its inner forces for every
+    Context; so these are the ones that carry the same options as the forces in `source`.
+    """
+    from openmm_mlff.forces.serialization import stored_computations
+
+    forces = source.getForces() if isinstance(source, openmm.System) else [source]
+    keys = {computation for force in forces for computation in stored_computations(force)}
+    found = [c for key in keys for c in _live(key)]
+    return sorted(found, key=lambda c: c._last_call, reverse=True)
+
+
+def last_error(source: openmm.System | openmm.Force) -> BaseException | None:
+    """The exception that stopped the last evaluation of an ML force in `source`, with its real type.
+
+    OpenMM turns every exception of a PythonForce into an `OpenMMException`, also `KeyboardInterrupt`. The
+    traceback is in the exception's ``__notes__``. None if the last evaluation succeeded or there was none.
+    """
+    called = computations(source)
+    return called[0].error if called else None
+
+
+def pair_list_state(source: openmm.System | openmm.Force) -> list[dict[str, np.ndarray]]:
+    """Pair-list positions of all ML forces in `source`, for a checkpoint (see `ForceComputation.pair_list_state`)."""
+    newest: dict[str, ForceComputation] = {}
+    for c in computations(source):
+        newest.setdefault(c._key, c)
+    return [newest[key].pair_list_state() or {} for key in sorted(newest)]
+
+
+def restore_pair_lists(source: openmm.System | openmm.Force, saved: Sequence[dict[str, np.ndarray]]) -> None:
+    """Give all ML forces in `source` the pair lists of a checkpoint; call it when the Context exists.
+
+    Raises `ValueError` if `saved` is from a system with another number of ML forces.
+    """
+    living = computations(source)
+    keys = sorted({c._key for c in living})
+    if len(keys) != len(saved):
+        raise ValueError(f"saved: expected the pair lists of {len(keys)} ML forces, got {len(saved)}")
+    for c in living:
+        c.restore_pair_list(saved[keys.index(c._key)] or None)
+
+
+# -- details -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if n == before:
+        yield
+        return
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _when(state: openmm.State) -> str:
+    return f"step {state.getStepCount()}"
+
+
+def _without_frames(error: BaseException, text: str) -> BaseException:
+    """The error with its traceback as a note, and without the frames that would keep OpenMM's State alive."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    error.add_note(text)
+    return error
+
+
+def _explained(error: BaseException, text: str) -> BaseException:
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt("KeyboardInterrupt: interrupted during the evaluation of the ML potential")
+    if isinstance(error, SystemExit):
+        return SystemExit(f"SystemExit: {error.code} during the evaluation of the ML potential")
+    return ForceError(f"{error}\n({type(error).__name__} in the ML potential)\n\n{text}")
