@@ -26,12 +26,12 @@ class Factory:
         """Make the implementation behind ``MLPotential(name, **args)``.
 
         The family is found in the entry-point group ``openmm_mlff.potentials``. Raises `ValueError` for a name that
-        no plugin registers (with the nearest ones) and `PluginError` if the plugin cannot be imported.
+        no plugin registers (with the nearest ones) and `ImportError` if the plugin cannot be imported.
         """
-        family = _plugins.load(_plugins.POTENTIALS, name)
         from openmm_mlff.forces.mlpotential import MLFFPotentialImpl
+        from openmm_mlff.potentials.family import find_family
 
-        return MLFFPotentialImpl(name, family, args)
+        return MLFFPotentialImpl(name, find_family(name), args)
 
 
 class UnknownPotential(KeyError, ValueError):

@@ -157,6 +157,18 @@ def test_a_broken_command_is_named_and_left_out(tmp_path: Path) -> None:
     assert "simulate" in output and "usage: openmm-mlff" in output
 
 
+def test_a_plugin_that_registers_something_else_is_named(tmp_path: Path) -> None:
+    fake_distribution(tmp_path, "broken-plugin", BROKEN, broken_plugin="family = 'not a Family'\n")
+    code = """
+from openmmml import MLPotential
+try:
+    MLPotential("broken")
+except ImportError as error:
+    print(error)
+"""
+    assert "'broken' registers a str, expected a Family" in fresh_python(code, tmp_path)
+
+
 def test_one_name_claimed_twice_is_refused(tmp_path: Path) -> None:
     fake_distribution(tmp_path, "usurper", "[openmm_mlff.potentials]\nspookynet = usurper:family\n")
     code = """

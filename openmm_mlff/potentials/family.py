@@ -7,19 +7,16 @@ the family's own name (takes ``modelPath``), aliases, and the names of the model
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openmm_mlff import _plugins
 from openmm_mlff.data import model_file
 from openmm_mlff.potentials.potential import Potential
-
-GROUP = "openmm_mlff.potentials"
 
 
 @dataclass(frozen=True)
@@ -66,35 +63,18 @@ class Family:
     published: tuple[PublishedModel, ...] = ()
 
 
-def plugins() -> dict[str, EntryPoint]:
-    """Registered names (families, aliases, models) and their entry points; nothing is imported."""
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
-def near(name: str, known: list[str]) -> str:
-    """The end of an error message that lists the known names, nearest first."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(n) for n in close)}?" if close else f"; known names: {', '.join(sorted(known))}"
-
-
 def find_family(name: str) -> Family:
     """The family registered under a name; raises `ValueError` with near names, `ImportError` if its plugin is broken."""
-    found = plugins()
-    if name not in found:
-        raise ValueError(f"name: no potential is called {name!r}" + near(name, list(found)))
-    try:
-        family = found[name].load()
-    except Exception as error:
-        raise ImportError(f"name: the plugin {found[name].value!r} of {name!r} cannot be imported: {error}") from error
+    family = _plugins.load(_plugins.POTENTIALS, name)
     if not isinstance(family, Family):
-        raise ImportError(f"name: the plugin {found[name].value!r} of {name!r} names a {type(family).__name__}, not a Family")
+        raise ImportError(f"name: the plugin of {name!r} registers a {type(family).__name__}, expected a Family")
     return family
 
 
 def families() -> list[Family]:
     """Every family once; plugins that cannot be imported are left out (`find_family` says why)."""
     found: dict[str, Family] = {}
-    for name in plugins():
+    for name in _plugins.registered(_plugins.POTENTIALS):
         try:
             family = find_family(name)
         except ImportError:
