@@ -300,3 +300,18 @@ def test_unsafe_loads_are_recognised() -> None:
 def test_no_source_file_is_too_long_to_read(repository: Path) -> None:
     lines = {str(p.relative_to(repository)): p.read_text().count("\n") for p in sources(repository)}
     assert {path: n for path, n in lines.items() if n > 480} == {}
+
+
+def test_missing_shared_data_skips_here_and_fails_in_ci(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"no 'nothing.npz' in the shared data; OPENMM_MLFF_SHARED"):
+        shared / "nothing.npz"
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=r"no 'nothing.npz'"):
+        shared / "nothing.npz"
+
+
+def test_tests_run_on_few_threads() -> None:
+    import torch
+
+    assert torch.get_num_threads() <= 2
