@@ -112,27 +112,29 @@ class ForceComputation:
 
     Attributes:
         spec: what was stored.
+        options: `spec` as JSON text.
         error: the exception of the last call, without traceback objects; None after a call that succeeded. Its notes
             hold the traceback as text.
+        last_call: when it was called last (`time.monotonic`), 0 before the first call.
     """
 
     def __init__(self, spec: str | ForceSpec) -> None:
         self.spec = ForceSpec.from_json(spec) if isinstance(spec, str) else spec
         self.error: BaseException | None = None
-        self._key = self.spec.to_json()
+        self.options = self.spec.to_json()
         self._numbers = np.array(self.spec.numbers, dtype=np.int64)
         self._evaluator: Evaluator | None = None
         self._cell: np.ndarray | None = None
         self._lock = threading.RLock()
-        self._last_call = 0.0
-        _live(self._key).add(self)
+        self.last_call = 0.0
+        _registry.setdefault(self.options, weakref.WeakSet()).add(self)
 
     def __reduce__(self) -> tuple[Callable[[str], ForceComputation], tuple[str]]:
-        return ForceComputation, (self._key,)
+        return ForceComputation, (self.options,)
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
         with self._lock:
-            self._last_call = time.monotonic()
+            self.last_call = time.monotonic()
             try:
                 self.error = None
                 return self._evaluate(state)
@@ -229,6 +231,14 @@ class ForceComputation:
             evaluator.place(positions, cell, None)
 
 
+_registry: dict[str, weakref.WeakSet[ForceComputation]] = {}
+
+
+def living(options: str) -> list[ForceComputation]:
+    """The computations of this process with these options (JSON), the last called first."""
+    return sorted(_registry.get(options, ()), key=lambda c: c.last_call, reverse=True)
+
+
 class ForceError(RuntimeError):
     """What OpenMM is given when a computation fails; the message holds the original error and its traceback."""
 
@@ -295,60 +305,6 @@ def load_model(
         while len(_models) > MAX_LOADED_MODELS:
             _models.popitem(last=False)
         return _models[key]
-
-
-# -- what the outside can ask ------------------------------------------------------------------------------------
-
-_registry: dict[str, weakref.WeakSet[ForceComputation]] = {}
-
-
-def _live(key: str) -> weakref.WeakSet[ForceComputation]:
-    return _registry.setdefault(key, weakref.WeakSet())
-
-
-def computations(source: openmm.System | openmm.Force) -> list[ForceComputation]:
-    """The living computations of a system or force, the last called first.
-
-    OpenMM gives no way from a force to its Python function, and a CustomCVForce copies its inner forces for every
-    Context; so these are the ones that carry the same options as the forces in `source`.
-    """
-    from openmm_mlff.forces.serialization import stored_computations
-
-    forces = source.getForces() if isinstance(source, openmm.System) else [source]
-    keys = {computation for force in forces for computation in stored_computations(force)}
-    found = [c for key in keys for c in _live(key)]
-    return sorted(found, key=lambda c: c._last_call, reverse=True)
-
-
-def last_error(source: openmm.System | openmm.Force) -> BaseException | None:
-    """The exception that stopped the last evaluation of an ML force in `source`, with its real type.
-
-    OpenMM turns every exception of a PythonForce into an `OpenMMException`, also `KeyboardInterrupt`. The
-    traceback is in the exception's ``__notes__``. None if the last evaluation succeeded or there was none.
-    """
-    called = computations(source)
-    return called[0].error if called else None
-
-
-def pair_list_state(source: openmm.System | openmm.Force) -> list[dict[str, np.ndarray]]:
-    """Pair-list positions of all ML forces in `source`, for a checkpoint (see `ForceComputation.pair_list_state`)."""
-    newest: dict[str, ForceComputation] = {}
-    for c in computations(source):
-        newest.setdefault(c._key, c)
-    return [newest[key].pair_list_state() or {} for key in sorted(newest)]
-
-
-def restore_pair_lists(source: openmm.System | openmm.Force, saved: Sequence[dict[str, np.ndarray]]) -> None:
-    """Give all ML forces in `source` the pair lists of a checkpoint; call it when the Context exists.
-
-    Raises `ValueError` if `saved` is from a system with another number of ML forces.
-    """
-    living = computations(source)
-    keys = sorted({c._key for c in living})
-    if len(keys) != len(saved):
-        raise ValueError(f"saved: expected the pair lists of {len(keys)} ML forces, got {len(saved)}")
-    for c in living:
-        c.restore_pair_list(saved[keys.index(c._key)] or None)
 
 
 # -- details -----------------------------------------------------------------------------------------------------

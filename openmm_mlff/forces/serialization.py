@@ -60,7 +60,7 @@ def load_integrator(source: str | Path) -> openmm.Integrator:
     return _load(source, "Integrator", openmm.Integrator, (), ())
 
 
-def stored_computations(force: openmm.Force) -> set[str]:
+def stored_options(force: openmm.Force) -> set[str]:
     """The stored options (JSON, as `ForceComputation` takes them) of our computations in a force, at any depth."""
     if not isinstance(force, (openmm.PythonForce, openmm.CustomCVForce, openmm.ATMForce)):
         return set()

@@ -1,0 +1,58 @@
+"""What a running simulation can be asked: why an ML force failed, and which pair lists belong into a checkpoint.
+
+OpenMM gives no way from a force to its Python function, and a CustomCVForce copies its inner forces for every Context.
+So the computations of a system are those of this process that carry the same options as its forces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import openmm
+
+from openmm_mlff.forces.python_force import ForceComputation, living
+from openmm_mlff.forces.serialization import stored_options
+
+
+def computations(source: openmm.System | openmm.Force) -> list[ForceComputation]:
+    """The computations behind the ML forces of a system, or behind one force, the last called first."""
+    found = [c for options in _options(source) for c in living(options)]
+    return sorted(found, key=lambda c: c.last_call, reverse=True)
+
+
+def last_error(source: openmm.System | openmm.Force) -> BaseException | None:
+    """The exception that stopped the last evaluation of an ML force in `source`, with its real type.
+
+    OpenMM turns every exception of a PythonForce into an `OpenMMException`, `KeyboardInterrupt` too. The traceback is
+    in the exception's ``__notes__``. None if the last evaluation succeeded, or if there was none.
+    """
+    called = computations(source)
+    return called[0].error if called else None
+
+
+def pair_list_state(source: openmm.System | openmm.Force) -> list[dict[str, np.ndarray]]:
+    """Where the pair lists of all ML forces were built, for a checkpoint: arrays ``positions`` and ``cell`` (angstrom).
+
+    Empty dictionaries stand for forces that keep no list. See `ForceComputation.pair_list_state`.
+    """
+    # the last called one is that of the Context which ran
+    return [living(options)[0].pair_list_state() or {} for options in _options(source) if living(options)]
+
+
+def restore_pair_lists(source: openmm.System | openmm.Force, saved: Sequence[dict[str, np.ndarray]]) -> None:
+    """Give the ML forces of a system the pair lists of a checkpoint; call it when the Context exists.
+
+    Raises `ValueError` if `saved` comes from another number of ML forces.
+    """
+    stored = [options for options in _options(source) if living(options)]
+    if len(stored) != len(saved):
+        raise ValueError(f"saved: expected the pair lists of {len(stored)} ML forces, got {len(saved)}")
+    for options, state in zip(stored, saved, strict=True):
+        for computation in living(options):
+            computation.restore_pair_list(state or None)
+
+
+def _options(source: openmm.System | openmm.Force) -> list[str]:
+    forces = source.getForces() if isinstance(source, openmm.System) else [source]
+    return sorted({options for force in forces for options in stored_options(force)})
