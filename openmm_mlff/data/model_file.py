@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -112,12 +111,16 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, torch.Te
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"modelPath: {path.name} is damaged or not a model file ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"modelPath: {path.name} is a safetensors file, but not an openmm-mlff model (it has no model card)")
+        raise ValueError(
+            f"modelPath: {path.name} is a safetensors file, but not an openmm-mlff model (it has no model card)"
+        )
     try:
         card = json.loads(metadata["card"])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"modelPath: the model card in {path.name} cannot be read ({error})") from error
-    if card.get("format_version", 0) > FORMAT_VERSION:
+    if not isinstance(card, dict) or not isinstance(card.get("format_version"), int):
+        raise ValueError(f"modelPath: the model card in {path.name} is incomplete (format_version is needed)")
+    if card["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"modelPath: {path.name} has format version {card['format_version']}, this package reads up to {FORMAT_VERSION}"
         )
@@ -146,22 +149,19 @@ def cached(sha256: str) -> Path | None:
 def remember(path: str | Path) -> str:
     """Copy a model file into the cache; returns its sha256."""
     path = Path(path)
-    digest = sha256_of(path)
-    target = cache_dir() / f"{digest}{path.suffix}"
-    if not target.exists():
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as stream:
-            temporary = Path(stream.name)
-        shutil.copyfile(path, temporary)
-        os.replace(temporary, target)
-    return digest
+    return _remember(path.read_bytes(), path.suffix)
 
 
 def store(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """Write card and tensors into the cache; returns the file's sha256."""
-    data = encode(card, tensors)
+    return _remember(encode(card, tensors), ".safetensors")
+
+
+def _remember(data: bytes, suffix: str) -> str:
     digest = hashlib.sha256(data).hexdigest()
-    target = cache_dir() / f"{digest}.safetensors"
-    if not target.exists():
+    target = cache_dir() / f"{digest}{suffix}"
+    # a damaged copy is mended
+    if not target.exists() or sha256_of(target) != digest:
         write_atomically(target, data)
     return digest
 
@@ -176,4 +176,6 @@ def find(sha256: str, hint: str | Path | None = None) -> Path:
         if path is not None and path.is_file() and sha256_of(path) == sha256:
             return path
     seen = f" or {hint}" if hint else ""
-    raise FileNotFoundError(f"modelPath: no model with sha256 {sha256} in {cache_dir()}{seen}; put the file back or fetch it")
+    raise FileNotFoundError(
+        f"modelPath: no model with sha256 {sha256} in {cache_dir()}{seen}; put the file back or fetch it"
+    )

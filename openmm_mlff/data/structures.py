@@ -86,13 +86,23 @@ class Structure:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        numbers = np.ascontiguousarray(self.numbers, dtype=np.int64)
+        numbers = np.ascontiguousarray(self.numbers)
+        if numbers.dtype.kind not in "iu" and not (numbers.dtype.kind == "f" and np.all(numbers == np.rint(numbers))):
+            raise ValueError(f"numbers: expected whole atomic numbers, got {numbers.tolist()[:10]}")
+        numbers = numbers.astype(np.int64)
         if numbers.ndim != 1 or len(numbers) == 0:
             raise ValueError(f"numbers: expected shape (n_atoms,) with at least one atom, got {numbers.shape}")
         if numbers.min() < 1 or numbers.max() >= len(SYMBOLS):
             bad = int(numbers[(numbers < 1) | (numbers >= len(SYMBOLS))][0])
             raise ValueError(f"numbers: expected atomic numbers 1 to {len(SYMBOLS) - 1}, got {bad}")
         object.__setattr__(self, "numbers", numbers)
+        for name, lowest in (("charge", -np.inf), ("multiplicity", 1)):
+            value = getattr(self, name)
+            whole = isinstance(value, (int, float, np.number)) and np.isfinite(value) and int(value) == value
+            if not whole or value < lowest:
+                bound = ", at least 1" if name == "multiplicity" else ""
+                raise ValueError(f"{name}: expected a whole number{bound}, got {value!r}")
+            object.__setattr__(self, name, int(value))
         n = len(numbers)
         shapes = {"positions": (n, 3), "cell": (3, 3), "forces": (n, 3), "dipole": (3,), "charges": (n,)}
         for name, shape in shapes.items():

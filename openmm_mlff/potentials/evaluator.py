@@ -29,7 +29,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: Potential, batch: Batch, outputs: tuple[str, ...], compile: bool = False, skin: float = DEFAULT_SKIN
+        self,
+        model: Potential,
+        batch: Batch,
+        outputs: tuple[str, ...],
+        compile: bool = False,
+        skin: float = DEFAULT_SKIN,
     ) -> None:
         unknown = [name for name in outputs if name not in OUTPUTS]
         if unknown:
@@ -50,7 +55,10 @@ class Evaluator:
             self._compiled = CompiledGraph(model, self._batch, self._fixed, outputs)
 
     def __call__(
-        self, positions: Tensor | np.ndarray, cell: Tensor | np.ndarray | None = None, potential: Tensor | np.ndarray | None = None
+        self,
+        positions: Tensor | np.ndarray,
+        cell: Tensor | np.ndarray | None = None,
+        potential: Tensor | np.ndarray | None = None,
     ) -> Evaluation:
         """Evaluate at new positions.
 
@@ -78,9 +86,14 @@ class Evaluator:
         if self._periodic:
             if cell is None:
                 raise ValueError("cell: expected box vectors, because the batch is periodic, got None")
-            box = torch.as_tensor(cell, dtype=torch.float64, device=device).reshape(-1, 3, 3)
-        batch = self.pairs.update(exact, box)
+            box = torch.as_tensor(cell, dtype=torch.float64, device=device)
+            box = box[None] if box.dim() == 2 else box
+            if box.shape != (self._batch.n_structures, 3, 3):
+                raise ValueError(f"cell: expected shape {(self._batch.n_structures, 3, 3)}, got {tuple(box.shape)}")
         phi = None if potential is None else torch.as_tensor(potential, dtype=dtype, device=device)
+        if phi is not None and phi.shape != (self._batch.n_atoms,):
+            raise ValueError(f"potential: expected shape {(self._batch.n_atoms,)}, got {tuple(phi.shape)}")
+        batch = self.pairs.update(exact, box)
         self._centre = self._batch.sum_by_structure(exact) / self._batch.counts[:, None]
         centred = exact - (self._centre if self._batch.n_structures == 1 else self._centre[self._batch.segment])
         return batch.at(centred.to(dtype), None if box is None else box.to(dtype), phi)

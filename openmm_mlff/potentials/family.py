@@ -101,13 +101,17 @@ def load_potential(path: str | Path, family: str | None = None, sha256: str | No
     if model_file.is_model_file(path):
         card, tensors = model_file.load(path)
         if family is not None and card["family"] != find_family(family).name:
-            raise ValueError(f"modelPath: {path.name} is a {card['family']!r} model, expected {find_family(family).name!r}")
+            raise ValueError(
+                f"modelPath: {path.name} is a {card['family']!r} model, expected {find_family(family).name!r}"
+            )
         return from_card(card, tensors)
     candidates = [find_family(family)] if family is not None else families()
     for candidate in candidates:
         if candidate.read is not None and candidate.recognises(path):
             return candidate.read(path)
-    raise ValueError(f"modelPath: {path.name} is neither an openmm-mlff model file nor a file that a known family reads")
+    raise ValueError(
+        f"modelPath: {path.name} is neither an openmm-mlff model file nor a file that a known family reads"
+    )
 
 
 def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potential:
@@ -118,8 +122,13 @@ def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potenti
     known = {f.name for f in dataclasses.fields(family.config)}
     unknown = sorted(set(card["config"]) - known)
     if unknown:
-        raise ValueError(f"modelPath: the card's config has {unknown[0]!r}, which this version of {family.name} does not know")
-    model = family.model(family.config(**card["config"]))  # type: ignore[call-arg]
+        raise ValueError(
+            f"modelPath: the card's config has {unknown[0]!r}, which this version of {family.name} does not know"
+        )
+    try:
+        model = family.model(family.config(**card["config"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"modelPath: the card's config does not describe a {family.name} model ({error})") from error
     floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
     if floating:
         model.to(torch.float64 if all(d == torch.float64 for d in floating) else torch.float32)

@@ -65,6 +65,9 @@ def pairs_within(batch: Batch, cutoff: float, half: bool) -> Pairs:
 
 def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> tuple[Tensor, Tensor, Tensor]:
     device = positions.device
+    finite = torch.isfinite(positions).all(-1)
+    if not bool(finite.all()):
+        raise ValueError(f"positions: expected finite numbers, got NaN or infinity for atom {int((~finite).argmax())}")
     on_cpu = device.type == "cpu"
     lattice = torch.zeros(3, 3, dtype=torch.float64, device=device) if box is None else box
     search = NeighborList(cutoff=cutoff, full_list=not half, n_threads=1)
@@ -77,7 +80,9 @@ def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> 
     i, j, shift = i.to(torch.int64), j.to(torch.int64), shift.to(torch.int64).reshape(-1, 3)
     if len(distance) and bool((distance < COINCIDENT).any()):
         p = int(distance.argmin())
-        raise ValueError(f"positions: atoms {int(i[p])} and {int(j[p])} are at the same place ({float(distance[p]):.1e} angstrom)")
+        raise ValueError(
+            f"positions: atoms {int(i[p])} and {int(j[p])} are at the same place ({float(distance[p]):.1e} angstrom)"
+        )
     span = int(shift.abs().max()) + 1 if len(shift) else 1
     key = i * len(positions) + j
     for axis in range(3):
@@ -86,7 +91,9 @@ def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> 
     return i[order], j[order], shift[order]
 
 
-def with_pairs(batch: Batch, cutoff: float, long_range: bool, long_range_cutoff: float | None, skin: float = 0.0) -> Batch:
+def with_pairs(
+    batch: Batch, cutoff: float, long_range: bool, long_range_cutoff: float | None, skin: float = 0.0
+) -> Batch:
     """The batch with its directed list within ``cutoff + skin`` and, if asked, the half list of long-range pairs.
 
     Long-range pairs are all pairs of an open structure without `long_range_cutoff`, else those within
@@ -119,8 +126,8 @@ class VerletPairs:
 
     Attributes:
         rebuilds: how often the lists were built.
-        reference: positions at the last build, ``(n_atoms, 3)`` float64; a checkpoint stores them, and
-            ``update(reference, cell)`` restores the same lists.
+        reference, reference_cell: positions ``(n_atoms, 3)`` float64 and cell at the last build, None before it; a
+            checkpoint stores them, and `restore` builds the same lists again.
     """
 
     def __init__(
@@ -132,14 +139,14 @@ class VerletPairs:
         self.fixed = batch.cell is None and int(batch.counts.max()) <= FIXED_PAIRS_MAX_ATOMS
         self.rebuilds = 0
         self.reference: Tensor | None = None
-        self._reference_cell: Tensor | None = None
+        self.reference_cell: Tensor | None = None
         if self.fixed:
             # a long-range cutoff needs no list either: its terms vanish smoothly beyond it
             self._batch = batch.replace(
                 pairs=all_pairs(batch.counts, half=False),
                 long_range_pairs=all_pairs(batch.counts, half=True) if long_range else None,
             )
-            _derive(self._batch)
+            derive(self._batch)
 
     def update(self, positions: Tensor, cell: Tensor | None) -> Batch:
         """The batch with lists valid at `positions` ``(n_atoms, 3)`` and `cell`; its own positions are stale."""
@@ -153,23 +160,33 @@ class VerletPairs:
                 pairs=_cast(built.pairs, dtype), long_range_pairs=_cast(built.long_range_pairs, dtype)
             )
             self.reference = positions.detach().clone()
-            self._reference_cell = None if cell is None else cell.detach().clone()
+            self.reference_cell = None if cell is None else cell.detach().clone()
             self.rebuilds += 1
-            _derive(self._batch)
+            derive(self._batch)
         return self._batch
+
+    def restore(self, reference: Tensor | None, cell: Tensor | None = None) -> None:
+        """Build the lists at the `reference` and `reference_cell` of an earlier run, whatever lists are kept now.
+
+        The same lists in the same order give the same bits; None (nothing was built yet) forgets the lists.
+        """
+        self.reference = None
+        if reference is not None:
+            self.update(reference, cell)
 
     def _stale(self, positions: Tensor, cell: Tensor | None) -> bool:
         if self.reference is None:
             return True
-        if cell is not None and not torch.equal(cell, self._reference_cell):  # type: ignore[arg-type]
+        if cell is not None and not torch.equal(cell, self.reference_cell):  # type: ignore[arg-type]
             return True
         moved = (positions - self.reference).square().sum(-1).max()
         return not bool(moved <= (0.5 * self._skin) ** 2)
 
 
-def _derive(batch: Batch) -> None:
+def derive(batch: Batch) -> Batch:
     """Compute what follows from atoms and pairs, so that `Batch.at` carries it to every step."""
     _ = batch.counts, batch.dense_slot, batch.neighbors
+    return batch
 
 
 def _cast(pairs: Pairs | None, dtype: torch.dtype) -> Pairs | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +41,12 @@ class Evaluation(Prediction):
 
     forces: Tensor | None = None
 
+    def detach(self) -> Evaluation:
+        """The same numbers without the graph that they were computed by."""
+        values: dict[str, Any] = {name: v.detach() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        values["terms"] = {name: term.detach() for name, term in self.terms.items()}
+        return Evaluation(**values)
+
 
 class Potential(nn.Module):
     """Base of every family's model.
@@ -76,6 +82,10 @@ class Potential(nn.Module):
     def predict(self, batch: Batch, fixed: Any) -> Prediction:
         """Energies of the batch, differentiable with respect to ``batch.positions``."""
         raise TypeError(f"{type(self).__name__} does not define predict(batch, fixed)")
+
+    def shift_atomic_energies(self, shifts: Mapping[int, float]) -> None:
+        """Add a constant (eV) to the energy of every atom of an element, in place; what training starts with."""
+        raise TypeError(f"{type(self).__name__} does not define shift_atomic_energies(shifts)")
 
     def forward(self, batch: Batch) -> Prediction:
         """Predict a batch that has its pair lists (see `batch`); adds sum_i q_i phi_i for an external potential."""
@@ -130,20 +140,22 @@ class Potential(nn.Module):
             self.check(structure)
         raw = collate(structures)
         built = neighbors.with_pairs(raw, self.cutoff, self.long_range, self.long_range_cutoff)
-        return built.to(device=device or self.device, dtype=dtype or self.dtype)
+        return neighbors.derive(built.to(device=device or self.device, dtype=dtype or self.dtype))
 
     def evaluate(self, batch: Batch, forces: bool = True, create_graph: bool = False) -> Evaluation:
         """Energies and, by automatic differentiation, forces -dE/dR of a batch with pair lists.
 
-        With `create_graph` the forces can be differentiated again (force matching).
+        With `create_graph` the results can be differentiated again (force matching); otherwise they hold no graph.
         """
         if not forces:
             with torch.set_grad_enabled(create_graph):
                 return Evaluation(**vars(self(batch)))
         with torch.enable_grad():
             positions = batch.positions.detach().requires_grad_(True)
-            prediction = self(batch.replace(positions=positions))
-            return Evaluation(**vars(prediction), forces=energy_forces(prediction.energy, positions, create_graph))
+            prediction = self(batch.at(positions, batch.cell, batch.external_potential))
+            gradient = energy_forces(prediction.energy, positions, create_graph)
+        result = Evaluation(**vars(prediction), forces=gradient)
+        return result if create_graph else result.detach()
 
     def evaluator(
         self,
