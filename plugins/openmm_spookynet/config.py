@@ -70,4 +70,6 @@ class SpookyNetConfig:
         if not 0 < self.module_keep_prob <= 1:
             raise ValueError(f"module_keep_prob: expected a probability in (0, 1], got {self.module_keep_prob!r}")
         if self.long_range_cutoff is not None and not self.long_range_cutoff > 0:
-            raise ValueError(f"long_range_cutoff: expected a positive length (angstrom), got {self.long_range_cutoff!r}")
+            raise ValueError(
+                f"long_range_cutoff: expected a positive length (angstrom), got {self.long_range_cutoff!r}"
+            )

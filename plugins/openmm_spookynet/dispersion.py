@@ -82,7 +82,9 @@ class D4Dispersion(nn.Module):
         zeff = self.zeff[system]
         scaling = _charge_scaling(zeff, zeff + self.refh[elements] * softplus(self.scaleq_raw), self.gam[system])
         screened = (self.hcount[elements] * self.sscale[system] * scaling)[..., None] * self.secaiw[system]
-        alpha = (self.ascale[elements][..., None] * (self.alphaiw[elements] - screened)).clamp(min=0)  # (n_kinds, 7, 23)
+        alpha = (self.ascale[elements][..., None] * (self.alphaiw[elements] - screened)).clamp(
+            min=0
+        )  # (n_kinds, 7, 23)
         c6 = (3.0 / math.pi) * torch.einsum("w,iaw,jbw->ijab", self.casimir_polder_weights, alpha, alpha)
         r4r2, rcov, en = self.sqrt_r4r2[elements], self.rcov[elements], self.en[elements]
         size = math.sqrt(3.0) * r4r2[:, None] * r4r2
@@ -143,7 +145,9 @@ class D4Dispersion(nn.Module):
 
 def _charge_scaling(reference: Tensor, actual: Tensor, hardness: Tensor) -> Tensor:
     """exp(3 (1 - exp(2 gam (1 - reference / actual)))), and exp(3) where no electrons are left to be removed."""
-    scaled = torch.exp(CHARGE_STEEPNESS * (1.0 - torch.exp(2.0 * hardness * (1.0 - reference / actual.clamp(min=1e-8)))))
+    scaled = torch.exp(
+        CHARGE_STEEPNESS * (1.0 - torch.exp(2.0 * hardness * (1.0 - reference / actual.clamp(min=1e-8))))
+    )
     return torch.where(actual > 1e-8, scaled, torch.full_like(scaled, math.exp(CHARGE_STEEPNESS)))
 
 

@@ -118,7 +118,9 @@ class ElectronicEmbedding(nn.Module):
         self.mlp = ResidualMLP(kind, blocks, features, bias=False, zero=True)
 
     def forward(self, z: Tensor, value: Tensor, batch: Batch) -> Tensor:
-        e = torch.stack([value.relu(), (-value).relu()], -1) if self.signed else value.abs()[:, None]  # (n_structures, 2|1)
+        e = (
+            torch.stack([value.relu(), (-value).relu()], -1) if self.signed else value.abs()[:, None]
+        )  # (n_structures, 2|1)
         q = self.linear_q(z)
         k = self.linear_k(e / e.clamp(min=1))[batch.segment]
         v = self.linear_v(e)[batch.segment]

@@ -20,6 +20,7 @@ from openmm_spookynet.dispersion import D4Dispersion
 from openmm_spookynet.electron_configuration import Z_MAX, electron_configuration_table
 from openmm_spookynet.layers import (
     ElectronicEmbedding,
+    Linear,
     LinearAttention,
     NonlinearElectronicEmbedding,
     ResidualMLP,
@@ -85,7 +86,7 @@ class InteractionModule(nn.Module):
         self.residual_pre = ResidualStack(c.activation, c.num_residual_pre, features)
         self.heads = Heads(c)
         self.attention = LinearAttention(features, c.num_random_features)
-        self.radial = nn.Linear(c.num_basis_functions, 3 * features, bias=False)  # K -> G_s, G_p, G_d
+        self.radial = Linear(None, c.num_basis_functions, 3 * features, bias=False)  # K -> G_s, G_p, G_d
         self.projection_p = nn.Linear(features, 2 * features, bias=False)
         self.projection_d = nn.Linear(features, 2 * features, bias=False)
         self.local = ResidualMLP(c.activation, c.num_residual_local, features)
@@ -140,8 +141,12 @@ class SpookyNet(Potential):
         self.register_buffer("electron_config", electron_configuration_table())
         self.config_linear = nn.Linear(self.electron_config.shape[1], features, bias=False)
         if c.use_nonlinear_embedding:
-            self.charge_embedding: nn.Module = NonlinearElectronicEmbedding(c.activation, c.num_residual_electron, features)
-            self.spin_embedding: nn.Module = NonlinearElectronicEmbedding(c.activation, c.num_residual_electron, features)
+            self.charge_embedding: nn.Module = NonlinearElectronicEmbedding(
+                c.activation, c.num_residual_electron, features
+            )
+            self.spin_embedding: nn.Module = NonlinearElectronicEmbedding(
+                c.activation, c.num_residual_electron, features
+            )
         else:
             self.charge_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=True)
             self.spin_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=False)

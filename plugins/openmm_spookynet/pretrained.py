@@ -13,7 +13,9 @@ from openmm_spookynet.config import SpookyNetConfig
 from openmm_spookynet.dispersion import TABLES
 from openmm_spookynet.model import SpookyNet
 
-CITATION = "Unke, Chmiela, Gastegger, Schuett, Sauceda, Mueller, Nat. Commun. 12, 7273 (2021), doi:10.1038/s41467-021-27504-0"
+CITATION = (
+    "Unke, Chmiela, Gastegger, Schuett, Sauceda, Mueller, Nat. Commun. 12, 7273 (2021), doi:10.1038/s41467-021-27504-0"
+)
 
 PUBLISHED = PublishedModel(
     name="spookynet-published",
@@ -53,9 +55,13 @@ def read(path: Path) -> SpookyNet:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"modelPath: {path.name} is not a readable SpookyNet checkpoint ({_first_line(error)})") from error
+        raise ValueError(
+            f"modelPath: {path.name} is not a readable SpookyNet checkpoint ({_first_line(error)})"
+        ) from error
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
-        raise ValueError(f"modelPath: {path.name} is not a SpookyNet checkpoint (expected a dictionary with 'state_dict')")
+        raise ValueError(
+            f"modelPath: {path.name} is not a SpookyNet checkpoint (expected a dictionary with 'state_dict')"
+        )
     return build(saved)
 
 
@@ -70,10 +76,16 @@ def build(saved: dict[str, Any]) -> SpookyNet:
     options["use_irreps"] = saved.get("use_irreps", False)
     options["use_nonlinear_embedding"] = saved.get("use_nonlinear_embedding", True)
     state = dict(saved["state_dict"])
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(f"modelPath: expected tensors in the checkpoint's state_dict, got another thing as {strange[0]!r}")
     omega = state.get("module.0.nonlocal_interaction.attention.omega")
     if omega is not None:
         options["num_random_features"] = int(omega.shape[1])
-    model = SpookyNet(SpookyNetConfig(**options))
+    try:
+        model = SpookyNet(SpookyNetConfig(**options))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"modelPath: the checkpoint's options are not those of a SpookyNet ({_first_line(error)})") from error
     translated = translate(state, model.config)
     try:
         model.load_state_dict(translated, strict=True)
@@ -111,6 +123,7 @@ def translate(state: dict[str, Tensor], c: SpookyNetConfig) -> dict[str, Tensor]
             out[f"dispersion.{name}_raw"] = source.take(f"d4_dispersion_energy._{name}").reshape(())
         for name in TABLES:
             out[f"dispersion.{name}"] = source.take(f"d4_dispersion_energy.{name}")
+    source.finish()
     return out
 
 
@@ -119,11 +132,19 @@ class _Source:
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
+        self.taken = {"keep_prob"}  # the published program recomputes it
 
     def take(self, name: str) -> Tensor:
         if name not in self.state:
             raise ValueError(f"modelPath: the checkpoint lacks the tensor {name!r}")
+        self.taken.add(name)
         return self.state[name]
+
+    def finish(self) -> None:
+        """Refuse tensors that nothing used: the options say less than the checkpoint holds."""
+        left = sorted(set(self.state) - self.taken)
+        if left:
+            raise ValueError(f"modelPath: the checkpoint's options leave {len(left)} tensors unused, among them {left[0]!r}")
 
 
 def _gather(source: _Source, names: list[str], single: bool) -> Tensor:
@@ -194,7 +215,7 @@ def _module(out: dict[str, Tensor], source: _Source, t: int, c: SpookyNetConfig)
         group = [name for name, n in zip(heads, depth, strict=True) if n == blocks]
         _mlp(out, source, f"{ours}.heads.groups.{g}", group, blocks, single=False)
     out[f"{ours}.attention.omega"] = source.take(f"{nonlocal_}.attention.omega")
-    out[f"{ours}.radial.weight"] = torch.cat([source.take(f"{local}.radial_{k}.weight") for k in "spd"])
+    out[f"{ours}.radial.weight"] = torch.cat([source.take(f"{local}.radial_{k}.weight") for k in "spd"]).T.contiguous()
     for kind in "pd":
         out[f"{ours}.projection_{kind}.weight"] = source.take(f"{local}.projection_{kind}.weight")
     _mlp(out, source, f"{ours}.local", [f"{local}.resblock"], c.num_residual_local)
