@@ -1,13 +1,14 @@
 """named tasks -> files, in parallel, resumable: what labelling and sampling have in common.
 
-Each task makes one file. A task whose file exists is done; a task that fails is written to
-``failures.jsonl`` with its traceback and the others go on; Ctrl-C leaves whole files only.
+Each task makes one file. A task whose file exists is done; a task that fails is logged with its traceback and the
+others go on; Ctrl-C leaves whole files only, and the next run goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,26 +18,59 @@ from pathlib import Path
 from typing import Any
 
 from openmm_mlff.data.reference import limit_threads
+from openmm_mlff.data.shards import write_bytes
 
-#: writes a file for (argument, path of the file); a top-level function, because it travels to other processes.
-Worker = Callable[[Any, Path], None]
+#: ``worker(argument, path)`` writes the file of one task under a temporary name and moves it; it returns the errors
+#: (by name) of parts that it had to leave out. A top-level function, because it travels to other processes.
+Worker = Callable[[Any, Path], Mapping[str, str]]
 
 
 @dataclass
 class Outcome:
-    """Names of the tasks by what happened to them; `failed` maps to the last line of the error."""
+    """Names of the tasks by what happened to them; `failed` maps tasks and parts of tasks to their errors."""
 
     made: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def _guarded(worker: Worker, argument: Any, path: Path) -> str | None:
+def claim_folder(folder: str | Path, configuration: Mapping[str, Any]) -> None:
+    """Write ``configuration.json``, or check that the folder was begun with the same configuration.
+
+    Raises `ValueError` naming the first setting that differs, so that one dataset never mixes two of them.
+    """
+    path = Path(folder) / "configuration.json"
+    wanted = json.loads(json.dumps(configuration))
+    if not path.exists():
+        write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())
+        return
+    found = json.loads(path.read_text())
+    for key in sorted({*wanted, *found}):
+        if wanted.get(key) != found.get(key):
+            raise ValueError(
+                f"{key}: {folder} was begun with {_short(found.get(key))}, this run has {_short(wanted.get(key))}; "
+                "choose another folder"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _guarded(worker: Worker, argument: Any, path: Path) -> tuple[dict[str, str], str | None]:
+    """Errors of parts, and the traceback if the whole task failed."""
     try:
-        worker(argument, path)
+        return dict(worker(argument, path)), None
     except Exception:
-        return traceback.format_exc()
-    return None
+        return {}, traceback.format_exc()
+
+
+def _forget(log: Path, tasks: set[str]) -> None:
+    """Take the entries of tasks that will run again out of the log."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["task"] not in tasks]
+        write_bytes(log, "".join(line + "\n" for line in lines).encode())
 
 
 def run_tasks(
@@ -44,6 +78,7 @@ def run_tasks(
     worker: Worker,
     folder: str | Path,
     *,
+    log: str | Path,
     suffix: str = ".safetensors",
     processes: int = 1,
     progress: bool = True,
@@ -53,30 +88,34 @@ def run_tasks(
 
     Args:
         tasks: argument by name; names are file names.
-        worker: top-level function that writes its file under a temporary name and moves it.
-        processes: how many at once, one thread each. 1 runs in this process.
+        log: JSON lines with every failure (task, part, error).
+        processes: how many at once, one thread each; 1 runs in this process.
         progress: draw a progress bar.
 
-    Raises `ValueError` for `processes` < 1. Failures of tasks never raise: they are in the outcome and in
-    ``failures.jsonl`` beside the folder's files, which holds the failures of the last run only.
+    Raises `ValueError` for `processes` < 1 and `RuntimeError` if a worker process dies; what a task raises is in the
+    outcome and in the log.
     """
     if processes < 1:
         raise ValueError(f"processes: expected at least 1, got {processes}")
-    folder = Path(folder)
+    folder, log = Path(folder), Path(log)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}{suffix}" for name in tasks}
-    outcome = Outcome(kept=[name for name, path in paths.items() if path.exists()])
     missing = [name for name in tasks if not paths[name].exists()]
-    log = folder / "failures.jsonl"
-    log.unlink(missing_ok=True)
+    outcome = Outcome(kept=[name for name in tasks if paths[name].exists()])
+    _forget(log, set(missing))
 
-    def finish(name: str, error: str | None) -> None:
+    def finish(name: str, result: tuple[dict[str, str], str | None]) -> None:
+        parts, error = result
+        entries = [{"task": name, "part": part, "error": text} for part, text in parts.items()]
+        outcome.failed |= {f"{name}/{part}": text for part, text in parts.items()}
         if error is None:
             outcome.made.append(name)
-            return
-        outcome.failed[name] = error.strip().splitlines()[-1]
-        with log.open("a") as file:
-            file.write(json.dumps({"task": name, "error": error}) + "\n")
+        else:
+            entries.append({"task": name, "part": "", "error": error})
+            outcome.failed[name] = error.strip().splitlines()[-1]
+        if entries:
+            with log.open("a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     with _Bar(title, len(tasks), len(outcome.kept), progress) as bar:
         if processes == 1:
@@ -94,12 +133,13 @@ def _run_in_pool(
     paths: Mapping[str, Path],
     worker: Worker,
     processes: int,
-    finish: Callable[[str, str | None], None],
+    finish: Callable[[str, tuple[dict[str, str], str | None]], None],
     advance: Callable[[], None],
 ) -> None:
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=limit_threads)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_prepare_worker)
     waiting = list(reversed(missing))
-    running: dict[Future[str | None], str] = {}
+    others = set(multiprocessing.active_children())
+    running: dict[Future[tuple[dict[str, str], str | None]], str] = {}
     try:
         while waiting or running:
             # few at a time, so that an interrupt does not wait for a long queue
@@ -117,24 +157,33 @@ def _run_in_pool(
                         "were running; run again to go on with what is missing"
                     ) from error
                 advance()
+    except KeyboardInterrupt:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    """One thread; Ctrl-C is the parent's business."""
+    limit_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Bar:
     """rich progress bar with the number of failures; silent if not wanted."""
 
     def __init__(self, title: str, total: int, done: int, show: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich import progress
 
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[failed]}"),
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[failed]}"),
             disable=not show,
         )
         self._task = self._progress.add_task(title, total=total, completed=done, failed="")

@@ -15,40 +15,43 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import numpy as np
 
-from openmm_mlff.data.structures import SYMBOLS, Structure
+from openmm_mlff._plugins import near
+from openmm_mlff.data.structures import SYMBOLS, Structure, check_charge_and_multiplicity
 from openmm_mlff.units import ANGSTROM_PER_BOHR, EV_PER_HARTREE
 
 #: Boltzmann constant in hartree/K, CODATA 2018 (tblite takes the electronic temperature in hartree).
 HARTREE_PER_KELVIN = 3.1668115634556e-6
 
-#: spin multiplicity 2S+1 of the free atoms' ground states, Z = 1 to 86 (NIST Atomic Spectra Database, ground levels).
-GROUND_STATE_MULTIPLICITY = dict(
+#: spin multiplicity 2S+1 of the free atoms' ground states, Z = 1 to 86 (NIST Atomic Spectra Database, ground levels),
+#: one row per row of the periodic table. Cr, Cu, Nb, Mo, Ru, Rh, Pd and Ag are the usual exceptions.
+GROUND_STATE_MULTIPLICITY: dict[int, int] = dict(
     enumerate(
-        # H-Ne, Na-Ar
-        [2, 1, 2, 1, 2, 3, 4, 3, 2, 1, 2, 1, 2, 3, 4, 3, 2, 1]
-        # K-Kr: Cr is 3d5 4s1 (septet), Cu 3d10 4s1
-        + [2, 1, 2, 3, 4, 7, 6, 5, 4, 3, 2, 1, 2, 3, 4, 3, 2, 1]
-        # Rb-Xe: Nb, Mo, Ru, Rh, Pd, Ag are s1 or s0
-        + [2, 1, 2, 3, 6, 7, 6, 5, 4, 1, 2, 1, 2, 3, 4, 3, 2, 1]
-        # Cs, Ba, La-Lu
-        + [2, 1, 2, 1, 4, 5, 6, 7, 8, 9, 6, 5, 4, 3, 2, 1, 2]
-        # Hf-Rn
-        + [3, 4, 5, 6, 5, 4, 3, 2, 1, 2, 3, 4, 3, 2, 1],
+        (
+            *(2, 1),
+            *(2, 1, 2, 3, 4, 3, 2, 1),
+            *(2, 1, 2, 3, 4, 3, 2, 1),
+            *(2, 1, 2, 3, 4, 7, 6, 5, 4, 3, 2, 1, 2, 3, 4, 3, 2, 1),
+            *(2, 1, 2, 3, 6, 7, 6, 5, 4, 1, 2, 1, 2, 3, 4, 3, 2, 1),
+            *(2, 1, 2, 1, 4, 5, 6, 7, 8, 9, 6, 5, 4, 3, 2, 1, 2),
+            *(3, 4, 5, 6, 5, 4, 3, 2, 1, 2, 3, 4, 3, 2, 1),
+        ),
         start=1,
     )
 )
+
+TBLITE_METHODS = ("GFN2-xTB", "GFN1-xTB", "IPEA1-xTB")
 
 #: energies (eV) and forces ``(n_atoms, 3)`` (eV/angstrom) at positions ``(n_atoms, 3)`` (angstrom).
 Driver = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
-class ReferenceError(RuntimeError):
+class LabelError(RuntimeError):
     """The reference program failed for one structure (for example, no self-consistent solution)."""
 
 
@@ -63,6 +66,9 @@ class ReferenceMethod(Protocol):
 
     def atom_energy(self, number: int) -> float:
         """Energy of the free atom in eV, on the method's absolute scale."""
+
+    def check(self) -> None:
+        """Raise `ImportError` or `ValueError` if the program is missing or its name is wrong."""
 
     def describe(self) -> dict[str, Any]:
         """Method, program, versions and settings, JSON-like, for the data card."""
@@ -81,6 +87,11 @@ def _require_tblite() -> Any:
         raise ImportError(
             f"GFN2-xTB labels need the package tblite ({error}); install it with: pip install 'openmm-mlff[label]'"
         ) from error
+
+
+def _is_4f_in_core(numbers: np.ndarray) -> np.ndarray:
+    """Cerium to lutetium."""
+    return (numbers >= 58) & (numbers <= 71)
 
 
 def _version(package: str) -> str:
@@ -110,19 +121,31 @@ class TBLite:
     electronic_temperature: float = 300.0
     max_iterations: int = 250
 
+    def check(self) -> None:
+        """Raise `ImportError` without tblite, `ValueError` for a method that it does not have."""
+        _require_tblite()
+        if self.method not in TBLITE_METHODS:
+            raise ValueError(f"method: {self.method!r} is not one of tblite's; {near(self.method, TBLITE_METHODS)}")
+
     def _calculator(self, structure: Structure, accuracy: float) -> Any:
         interface = _require_tblite()
+        # the methods keep 4f electrons in the core: every lanthanide has lanthanum's three valence electrons
+        valence = np.where(_is_4f_in_core(structure.numbers), 57, structure.numbers)
+        check_charge_and_multiplicity(valence, structure.charge, structure.multiplicity)
         periodic: dict[str, Any] = {}
         if structure.cell is not None:
             periodic = {"lattice": structure.cell / ANGSTROM_PER_BOHR, "periodic": np.ones(3, dtype=bool)}
-        calculator = interface.Calculator(
-            self.method,
-            structure.numbers,
-            structure.positions / ANGSTROM_PER_BOHR,
-            float(structure.charge),
-            structure.multiplicity - 1,
-            **periodic,
-        )
+        try:
+            calculator = interface.Calculator(
+                self.method,
+                structure.numbers,
+                structure.positions / ANGSTROM_PER_BOHR,
+                float(structure.charge),
+                structure.multiplicity - 1,
+                **periodic,
+            )
+        except RuntimeError as error:
+            raise LabelError(f"{self.method} cannot do {structure.formula}: {error}") from error
         calculator.set("verbosity", 0)
         calculator.set("accuracy", accuracy)
         calculator.set("max-iter", self.max_iterations)
@@ -135,12 +158,13 @@ class TBLite:
         try:
             return calculator.singlepoint(previous)
         except RuntimeError as error:
-            raise ReferenceError(f"{self.method} failed: {error}") from error
+            raise LabelError(f"{self.method} failed: {error}") from error
 
     def label(self, structure: Structure) -> Structure:
         """Energy relative to free atoms, forces, dipole (open systems; about the origin) and Mulliken charges.
 
-        Raises `ReferenceError` if the self-consistent cycle fails and `ImportError` without tblite.
+        Raises `LabelError` if the self-consistent cycle fails, `ValueError` for a charge and multiplicity
+        that no number of electrons can have, and `ImportError` without tblite.
         """
         result = self._single_point(self._calculator(structure, self.accuracy))
         energy = float(result.get("energy")) * EV_PER_HARTREE - free_atom_energy(self, structure.numbers)
@@ -162,7 +186,7 @@ class TBLite:
             calculator.update(positions / ANGSTROM_PER_BOHR)
             try:
                 result = self._single_point(calculator, result)
-            except ReferenceError:
+            except LabelError:
                 # an old wavefunction can be a bad guess after a large move
                 result = self._single_point(calculator)
             energy = float(result.get("energy")) * EV_PER_HARTREE - shift
@@ -171,8 +195,9 @@ class TBLite:
         return energy_and_forces
 
     def atom_energy(self, number: int) -> float:
-        """Spin-polarised free atom in the multiplicity of its ground state, eV.
+        """Spin-polarised free atom in the multiplicity of its ground state, eV (lanthanides: doublet, 4f in the core).
 
+        The multiplicity is the real atom's; for some transition metals the method itself puts another one lower.
         Raises `ValueError` for elements that the methods do not have (above radon).
         """
         return _tblite_atom_energy(self, number)
@@ -188,11 +213,12 @@ class TBLite:
         }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tblite_atom_energy(method: TBLite, number: int) -> float:
     if number not in GROUND_STATE_MULTIPLICITY:
         raise ValueError(f"number: {method.method} has the elements 1 to 86, got {number}")
-    atom = Structure(np.array([number]), np.zeros((1, 3)), multiplicity=GROUND_STATE_MULTIPLICITY[number])
+    multiplicity = 2 if _is_4f_in_core(np.array(number)) else GROUND_STATE_MULTIPLICITY[number]
+    atom = Structure(np.array([number]), np.zeros((1, 3)), multiplicity=multiplicity)
     result = method._single_point(method._calculator(atom, 0.01))
     return float(result.get("energy")) * EV_PER_HARTREE
 
@@ -217,27 +243,36 @@ class ASEReference:
     multiplicity_keyword: str | None = None
     atom_energies: Mapping[str, float] | None = None
 
+    def check(self) -> None:
+        """Raise `ValueError` if there is no such calculator."""
+        _ase_calculator_class(self.calculator)
+
     def _atoms(self, structure: Structure) -> Any:
         from ase import Atoms
 
+        calculator = _ase_calculator_class(self.calculator)
         kwargs = dict(self.kwargs)
         if self.charge_keyword is not None:
             kwargs[self.charge_keyword] = int(structure.charge)
         if self.multiplicity_keyword is not None:
             kwargs[self.multiplicity_keyword] = int(structure.multiplicity)
+        try:
+            made = calculator(**kwargs)
+        except Exception as error:  # constructors raise whatever they like
+            raise ValueError(f"kwargs: {self.calculator} does not take {kwargs} ({error})") from error
         return Atoms(
             numbers=structure.numbers,
             positions=structure.positions,
             cell=structure.cell,
             pbc=structure.cell is not None,
             info={"charge": int(structure.charge), "spin": int(structure.multiplicity)},
-            calculator=_ase_calculator_class(self.calculator)(**kwargs),
+            calculator=made,
         )
 
     def label(self, structure: Structure) -> Structure:
         """Energy and forces; dipole and charges where the calculator implements them.
 
-        Raises `ReferenceError` if the calculator fails, `ValueError` if no such calculator exists.
+        Raises `LabelError` if the calculator fails, `ValueError` if no such calculator exists.
         """
         energy, forces, atoms = self._compute(structure)
         extra: dict[str, np.ndarray] = {}
@@ -253,7 +288,7 @@ class ASEReference:
         try:
             return float(atoms.get_potential_energy()), np.asarray(atoms.get_forces(), dtype=np.float64), atoms
         except Exception as error:  # calculators raise whatever their programs raise
-            raise ReferenceError(f"{self.calculator} failed: {type(error).__name__}: {error}") from error
+            raise LabelError(f"{self.calculator} failed: {type(error).__name__}: {error}") from error
 
     def driver(self, structure: Structure) -> Driver:
         """Energy and forces from one calculator object that stays alive."""
@@ -299,14 +334,16 @@ class ASEReference:
 _ASE_ATOMS: dict[tuple[str, str, int], float] = {}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ase_calculator_class(name: str) -> Any:
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"calculator: expected 'module:Class' that can be imported, got {name!r} ({error})") from error
+            raise ValueError(
+                f"calculator: expected 'module:Class' that can be imported, got {name!r} ({error})"
+            ) from error
     from ase.calculators.calculator import get_calculator_class
 
     try:
@@ -315,6 +352,19 @@ def _ase_calculator_class(name: str) -> Any:
         raise ValueError(
             f"calculator: expected 'module:Class' or a name that ASE knows, got {name!r} ({error})"
         ) from error
+
+
+def method_from_table(table: Mapping[str, Any]) -> ReferenceMethod:
+    """`ASEReference` if the table names a ``calculator``, else `TBLite`; the other keys are their fields.
+
+    Raises `ValueError` for a key that is no field, naming the near ones.
+    """
+    kind: type[TBLite | ASEReference] = ASEReference if "calculator" in table else TBLite
+    known = [f.name for f in fields(kind)]
+    for key in table:
+        if key not in known:
+            raise ValueError(f"method: {kind.__name__} has no setting {key!r}; {near(key, known)}")
+    return kind(**table)
 
 
 def limit_threads(threads: int = 1) -> None:

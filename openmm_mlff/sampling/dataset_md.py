@@ -1,18 +1,19 @@
-"""a reference method -> trajectories in OpenMM -> labelled structures.
+"""a method that drives -> trajectories in OpenMM -> labelled structures.
 
-Molecular dynamics with the reference method itself as the force, through `openmm.PythonForce`, and optional
-harmonic restraints on torsions that hold each trajectory in its window of, say, the Ramachandran plane. The
-restraints are forces of their own: the labels never contain them. Each trajectory has its own seed and
-becomes one shard of a dataset.
+Molecular dynamics with a method of `openmm_mlff.data.reference` as the force, through `openmm.PythonForce`, and
+optional harmonic restraints on torsions that hold each trajectory in its window of, say, the Ramachandran plane. The
+restraints are forces of their own: the labels never contain them. What drives may be cheaper than what labels. Each
+trajectory has its own seed and becomes one shard of a dataset.
 
-Units here: angstrom, eV, degrees for restraint centres, femtoseconds, kelvin; OpenMM's units stay inside.
+Units: angstrom, eV, degrees, femtoseconds, kelvin; OpenMM's units stay inside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ from openmm.app import Element
 
 from openmm_mlff.data.reference import Driver, ReferenceMethod
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.sampling.starts import (
+    TorsionRestraint,
+    bond_graph,
+    set_torsion,
+    torsion_angle,
+    torsion_force,
+    untangle,
+)
 from openmm_mlff.units import (
     ANGSTROM_PER_NM,
     KJ_PER_MOL_NM_PER_EV_ANGSTROM,
@@ -29,19 +38,8 @@ from openmm_mlff.units import (
     NM_PER_ANGSTROM,
 )
 
-
-@dataclass(frozen=True)
-class TorsionRestraint:
-    """Harmonic restraint ``k/2 d^2`` on a torsion, d the distance to `center` around the circle.
-
-    Attributes:
-        atoms: four atom indices.
-        center: degrees. force_constant: kJ/mol/rad^2.
-    """
-
-    atoms: tuple[int, int, int, int]
-    center: float
-    force_constant: float
+#: restraint that holds the torsions while a start structure relaxes, kJ/mol/rad^2.
+START_FORCE_CONSTANT = 500.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,14 @@ class TrajectoryPlan:
     Attributes:
         name: of the shard, and the group of its structures.
         split: what the trajectory is meant for ("train", "valid", "test").
-        start: atoms, charge and multiplicity, and the positions from which `torsions` are set.
-        temperature: kelvin. seed: of velocities and of the thermostat.
-        torsions: atoms and start values in degrees; rotated rigidly, then minimised with restraints.
-        restraints: kept during the whole trajectory.
-        duration, discard, stride, timestep: femtoseconds; frames before `discard` are not kept.
-        friction: 1/ps.
+        start: atoms, charge and multiplicity, and the geometry whose `torsions` are set.
+        temperature: kelvin. seed: of velocities and thermostat.
+        torsions: set at the start (their centres), reported for every frame, and held if `restrained`.
+        duration, discard, stride, timestep: femtoseconds; a frame every `stride` after `discard`.
+        friction: of the Langevin thermostat, 1/ps.
+
+    Raises `ValueError` naming the argument for a number that is not positive, or a time that is no whole number of
+    time steps.
     """
 
     name: str
@@ -67,10 +67,10 @@ class TrajectoryPlan:
     torsions: tuple[TorsionRestraint, ...] = ()
     restrained: bool = True
     duration: float = 1000.0
-    discard: float = 150.0
+    discard: float = 200.0
     stride: float = 20.0
     timestep: float = 0.5
-    friction: float = 2.0
+    friction: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("temperature", "duration", "stride", "timestep", "friction"):
@@ -79,10 +79,15 @@ class TrajectoryPlan:
         for name in ("duration", "discard", "stride"):
             steps = getattr(self, name) / self.timestep
             if abs(steps - round(steps)) > 1e-6:
-                raise ValueError(f"{name}: expected a whole number of time steps of {self.timestep} fs, got "
-                                 f"{getattr(self, name)} fs")  # fmt: skip
-        if self.discard >= self.duration:
-            raise ValueError(f"discard: expected less than duration = {self.duration} fs, got {self.discard} fs")
+                raise ValueError(
+                    f"{name}: expected a whole number of time steps of {self.timestep} fs, got {getattr(self, name)} fs"
+                )
+        if not 0 <= self.discard <= self.duration - self.stride:
+            raise ValueError(
+                f"discard: expected room for one stride ({self.stride} fs) in {self.duration} fs, got {self.discard} fs"
+            )
+        if self.start.cell is not None:
+            raise ValueError("start: expected an open system, got one with a cell")
 
 
 class ReferenceForce:
@@ -90,8 +95,9 @@ class ReferenceForce:
 
     def __init__(self, method: ReferenceMethod, structure: Structure) -> None:
         self._method = method
-        self._structure = structure
+        self.structure = structure
         self._driver: Driver | None = None
+        self.interrupted = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_driver": None}
@@ -99,182 +105,108 @@ class ReferenceForce:
     def __call__(self, state: Any) -> tuple[float, np.ndarray]:
         try:
             if self._driver is None:
-                self._driver = self._method.driver(self._structure)
+                self._driver = self._method.driver(self.structure)
             energy, forces = self._driver(state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM)
             if not (np.isfinite(energy) and np.isfinite(forces).all()):
                 raise FloatingPointError("the reference method returned NaN or infinity")
+        except KeyboardInterrupt:
+            self.interrupted = True
+            raise
         except Exception:
             # OpenMM keeps only the text of an exception
             raise RuntimeError(traceback.format_exc()) from None
         return energy * KJ_PER_MOL_PER_EV, np.ascontiguousarray(forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM)
 
 
-def bond_graph(numbers: np.ndarray, positions: np.ndarray, scale: float = 1.25) -> np.ndarray:
-    """Which atoms are bonded, ``(n_atoms, n_atoms)`` bool: closer than `scale` times the sum of covalent radii."""
-    from ase.data import covalent_radii
-
-    radii = covalent_radii[numbers]
-    distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-    bonded = distances < scale * (radii[:, None] + radii[None])
-    np.fill_diagonal(bonded, False)
-    return bonded
-
-
-def torsion_angle(positions: np.ndarray, atoms: Sequence[int]) -> float:
-    """Torsion of four atoms in degrees, IUPAC sign, in (-180, 180]."""
-    a, b, c, d = positions[list(atoms)]
-    axis = (c - b) / np.linalg.norm(c - b)
-    n1, n2 = np.cross(b - a, axis), np.cross(axis, d - c)
-    return float(np.degrees(np.arctan2(np.dot(np.cross(n1, n2), axis), np.dot(n1, n2))))
-
-
-def set_torsion(positions: np.ndarray, bonded: np.ndarray, atoms: Sequence[int], angle: float) -> np.ndarray:
-    """Rotate everything on the far side of the central bond so that the torsion is `angle` degrees.
-
-    Raises `ValueError` if the central atoms are not bonded or belong to a ring.
-    """
-    _, b, c, _ = atoms
-    if not bonded[b, c]:
-        raise ValueError(f"atoms: expected a bond between atoms {b} and {c} of torsion {tuple(atoms)}, found none")
-    far, queue = {c}, [c]
-    while queue:
-        i = queue.pop()
-        for j in np.flatnonzero(bonded[i]).tolist():
-            if (i, j) != (c, b) and j not in far:
-                far.add(j)
-                queue.append(j)
-    if b in far:
-        raise ValueError(f"atoms: the bond {b}-{c} of torsion {tuple(atoms)} is part of a ring and cannot be rotated")
-    turn = np.radians(angle - torsion_angle(positions, atoms))
-    axis = positions[c] - positions[b]
-    axis = axis / np.linalg.norm(axis)
-    moving = np.array(sorted(far))
-    v = positions[moving] - positions[c]
-    # Rodrigues' rotation formula
-    rotated = (
-        v * np.cos(turn) + np.cross(axis, v) * np.sin(turn) + np.outer(v @ axis, axis) * (1 - np.cos(turn))
-    )
-    result = positions.copy()
-    result[moving] = positions[c] + rotated
-    return result
-
-
-def _system(structure: Structure, method: ReferenceMethod) -> openmm.System:
-    system = openmm.System()
-    for z in structure.numbers.tolist():
-        system.addParticle(Element.getByAtomicNumber(z).mass)
-    system.addForce(openmm.PythonForce(ReferenceForce(method, structure)))
-    return system
-
-
-def _torsion_force(torsions: Sequence[TorsionRestraint]) -> openmm.CustomTorsionForce:
-    pi = float(np.pi)
-    force = openmm.CustomTorsionForce(f"0.5*k*min(d, {2 * pi}-d)^2; d=abs(theta-theta0)")
-    force.addPerTorsionParameter("k")
-    force.addPerTorsionParameter("theta0")
-    for t in torsions:
-        center = (np.radians(t.center) + pi) % (2 * pi) - pi
-        force.addTorsion(*t.atoms, [t.force_constant, center])
-    return force
-
-
-def _bonds_apart(bonded: np.ndarray, longest: int) -> np.ndarray:
-    """Number of bonds between atoms, ``(n_atoms, n_atoms)``; ``longest + 1`` where it is more than `longest`."""
-    n = len(bonded)
-    apart = np.where(np.eye(n, dtype=bool), 0, longest + 1)
-    reached = np.eye(n, dtype=bool)
-    for k in range(1, longest + 1):
-        reached = reached | (reached.astype(int) @ bonded.astype(int) > 0)
-        apart[reached & (apart > k)] = k
-    return apart
-
-
-def _untangle(
-    numbers: np.ndarray, start: np.ndarray, positions: np.ndarray, torsions: Sequence[TorsionRestraint]
-) -> np.ndarray:
-    """Remove clashes that rigid rotation made, keeping bond lengths, angles and the other torsions of `start`.
-
-    A purely geometric force field: harmonic 1-2, 1-3 and 1-4 distances (1-4 only across bonds that were not
-    rotated), harmonic torsions, and a soft repulsion below 0.85 times the sum of the van der Waals radii.
-    """
-    from ase.data.vdw import vdw_radii
-
-    bonded = bond_graph(numbers, start)
-    apart = _bonds_apart(bonded, 3)
-    rotated = {frozenset(t.atoms[1:3]) for t in torsions}
-    radii = np.nan_to_num(vdw_radii[numbers], nan=2.0)
-    system = openmm.System()
-    for _ in numbers:
-        system.addParticle(12.0)
-    keep = openmm.HarmonicBondForce()
-    repel = openmm.CustomBondForce("2e4*step(r0-r)*(r0-r)^2")
-    repel.addPerBondParameter("r0")
-    for i, j in zip(*np.triu_indices(len(numbers), 1), strict=True):
-        i, j = int(i), int(j)
-        across = {
-            frozenset((int(b), int(c)))
-            for b in np.flatnonzero(bonded[i])
-            for c in np.flatnonzero(bonded[j])
-            if bonded[b, c]
-        }
-        if apart[i, j] < 3 or (apart[i, j] == 3 and not across & rotated):
-            keep.addBond(i, j, float(np.linalg.norm(start[i] - start[j])) * NM_PER_ANGSTROM, 5e4 / apart[i, j])
-        else:
-            repel.addBond(i, j, [0.85 * float(radii[i] + radii[j]) * NM_PER_ANGSTROM])
-    for force in (keep, repel, _torsion_force([TorsionRestraint(t.atoms, t.center, 500.0) for t in torsions])):
-        system.addForce(force)
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
-    context.setPositions(positions * NM_PER_ANGSTROM)
-    openmm.LocalEnergyMinimizer.minimize(context, 1.0, 2000)
+def _positions(context: openmm.Context) -> np.ndarray:
     return context.getState(positions=True).getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
 
 
-def _start_positions(plan: TrajectoryPlan, method: ReferenceMethod) -> np.ndarray:
-    """Set the torsions, then relax everything else with the torsions restrained; ``(n_atoms, 3)`` angstrom."""
+def _system(force: ReferenceForce, torsions: Iterable[TorsionRestraint]) -> openmm.System:
+    system = openmm.System()
+    for z in force.structure.numbers.tolist():
+        system.addParticle(Element.getByAtomicNumber(z).mass)
+    system.addForce(openmm.PythonForce(force))
+    system.addForce(torsion_force(tuple(torsions)))
+    return system
+
+
+def _context(
+    force: ReferenceForce, torsions: Iterable[TorsionRestraint], integrator: openmm.Integrator, positions: np.ndarray
+) -> openmm.Context:
+    platform = openmm.Platform.getPlatform("Reference")
+    context = openmm.Context(_system(force, torsions), integrator, platform)
+    context.setPositions(positions * NM_PER_ANGSTROM)
+    return context
+
+
+@contextlib.contextmanager
+def _interruptible(force: ReferenceForce) -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C: OpenMM turns what a force raises into its own exception."""
+    try:
+        yield
+    except openmm.OpenMMException:
+        if force.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _start_positions(plan: TrajectoryPlan, driver: ReferenceMethod) -> np.ndarray:
+    """Set the torsions, then relax everything else with the torsions restrained; ``(n_atoms, 3)`` angstrom.
+
+    Raises `RuntimeError` if a bond forms or breaks on the way.
+    """
     numbers, positions = plan.start.numbers, plan.start.positions
     bonded = bond_graph(numbers, positions)
     if plan.torsions:
         for t in plan.torsions:
             positions = set_torsion(positions, bonded, t.atoms, t.center)
-        positions = _untangle(numbers, plan.start.positions, positions, plan.torsions)
-    system = _system(plan.start, method)
-    system.addForce(_torsion_force([TorsionRestraint(t.atoms, t.center, 500.0) for t in plan.torsions]))
+        positions = untangle(numbers, plan.start.positions, positions, plan.torsions)
+    force = ReferenceForce(driver, plan.start)
     # damped dynamics, because a minimiser's first trial step is often too long for a self-consistent cycle
     integrator = openmm.LangevinMiddleIntegrator(10.0, 80.0, 0.0005)
     integrator.setRandomNumberSeed(plan.seed)
-    context = openmm.Context(system, integrator, openmm.Platform.getPlatform("Reference"))
-    context.setPositions(positions * NM_PER_ANGSTROM)
-    integrator.step(160)
-    relaxed = context.getState(positions=True).getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+    restraints = (replace(t, force_constant=START_FORCE_CONSTANT) for t in plan.torsions)
+    context = _context(force, restraints, integrator, positions)
+    with _interruptible(force):
+        integrator.step(160)
+    relaxed = _positions(context)
     if not np.array_equal(bond_graph(numbers, relaxed), bonded):
         raise RuntimeError(f"{plan.name}: bonds changed while the start structure was relaxed")
     return relaxed
 
 
-def run_trajectory(plan: TrajectoryPlan, method: ReferenceMethod) -> list[Structure]:
-    """Run one trajectory (LangevinMiddle integrator) and label every kept frame from scratch.
+def run_trajectory(
+    plan: TrajectoryPlan, method: ReferenceMethod, driver: ReferenceMethod | None = None
+) -> list[Structure]:
+    """Run one trajectory (LangevinMiddle integrator, Reference platform) and label every frame from scratch.
 
-    Every structure's `info` holds the time (fs), the temperature of the thermostat (K), the torsions (degrees),
-    whether its bonds are those of the start, and the split. Raises what the method raises when it fails.
+    Args:
+        method: makes the labels.
+        driver: drives the dynamics; `method` itself by default.
+
+    Every structure's ``info`` holds the time (fs), the temperature of the thermostat (K), the torsions (degrees),
+    whether its bonds are those of the start, and the split. The same plan gives the same trajectory on the same
+    machine. Raises what the methods raise when they fail; inside the dynamics as `openmm.OpenMMException`.
     """
-    positions = _start_positions(plan, method)
+    driver = method if driver is None else driver
+    positions = _start_positions(plan, driver)
     bonded = bond_graph(plan.start.numbers, plan.start.positions)
-    system = _system(plan.start, method)
-    if plan.restrained and plan.torsions:
-        system.addForce(_torsion_force(plan.torsions))
+    force = ReferenceForce(driver, plan.start)
     integrator = openmm.LangevinMiddleIntegrator(
         plan.temperature, plan.friction / unit.picosecond, plan.timestep * unit.femtosecond
     )
     integrator.setRandomNumberSeed(plan.seed)
-    context = openmm.Context(system, integrator, openmm.Platform.getPlatform("Reference"))
-    context.setPositions(positions * NM_PER_ANGSTROM)
+    context = _context(force, plan.torsions if plan.restrained else (), integrator, positions)
     context.setVelocitiesToTemperature(plan.temperature, plan.seed)
+    with _interruptible(force):
+        integrator.step(round(plan.discard / plan.timestep))
     stride = round(plan.stride / plan.timestep)
-    integrator.step(round(plan.discard / plan.timestep))
     frames = []
     for k in range(int((plan.duration - plan.discard) / plan.stride + 1e-9)):
-        integrator.step(stride)
-        frame = context.getState(positions=True).getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+        with _interruptible(force):
+            integrator.step(stride)
+        frame = _positions(context)
         info = {
             "time_fs": plan.discard + (k + 1) * plan.stride,
             "temperature": plan.temperature,
