@@ -48,3 +48,10 @@ def test_make_targets_named_on_a_page_exist(repository: Path, page: str) -> None
     targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test", "lint", "benchmark", "reproduce"} <= targets
     assert set(re.findall(r"`make ([a-z-]+)`", (repository / page).read_text())) <= targets
+
+
+def test_files_named_by_the_makefile_and_its_scripts_exist(repository: Path) -> None:
+    text = (repository / "Makefile").read_text() + (repository / "benchmarks/reproduce.sh").read_text()
+    named = set(re.findall(r"\b(?:benchmarks|examples)/[\w./-]+\w", text.replace("$recipes", "examples/recipes")))
+    assert {"benchmarks/reproduce.sh", "examples/recipes/ala2_gfn2.toml"} <= named
+    assert [name for name in sorted(named) if not (repository / name).exists()] == []
