@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,17 @@ def encode(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
         raise ValueError(f"card: expected a kind among {', '.join(KINDS)}, got {card.get('kind')!r}")
     text = json.dumps({"format_version": FORMAT_VERSION, **card}, sort_keys=True)
     ordered = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    return to_bytes(ordered, metadata={"format": FORMAT, "card": text})
+    return _in_order(to_bytes(ordered, metadata={"format": FORMAT, "card": text}))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The file with its metadata sorted: the library writes them in a random order, which would change the sha256."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(ordered, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def save(path: str | Path, card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
@@ -122,7 +133,8 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, torch.Te
         raise ValueError(f"modelPath: the model card in {path.name} is incomplete (format_version is needed)")
     if card["format_version"] > FORMAT_VERSION:
         raise ValueError(
-            f"modelPath: {path.name} has format version {card['format_version']}, this package reads up to {FORMAT_VERSION}"
+            f"modelPath: {path.name} has format version {card['format_version']}, but this package reads up to "
+            f"{FORMAT_VERSION}; install a newer one"
         )
     if card.get("kind") not in KINDS or "family" not in card or not isinstance(card.get("config"), dict):
         raise ValueError(f"modelPath: the model card in {path.name} is incomplete (kind, family and config are needed)")

@@ -64,7 +64,7 @@ class Family:
 
 
 def find_family(name: str) -> Family:
-    """The family registered under a name; raises `ValueError` with near names, `ImportError` if its plugin is broken."""
+    """The family of a name; raises `ValueError` with near names, and `ImportError` if its plugin is broken."""
     family = _plugins.load(_plugins.POTENTIALS, name)
     if not isinstance(family, Family):
         raise ImportError(f"name: the plugin of {name!r} registers a {type(family).__name__}, expected a Family")

@@ -67,7 +67,9 @@ def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> 
     device = positions.device
     finite = torch.isfinite(positions).all(-1)
     if not bool(finite.all()):
-        raise ValueError(f"positions: expected finite numbers, got NaN or infinity for atom {int((~finite).argmax())}")
+        raise ValueError(
+            f"positions: expected finite numbers, got NaN or infinity for atom {int((~finite).nonzero()[0])}"
+        )
     on_cpu = device.type == "cpu"
     lattice = torch.zeros(3, 3, dtype=torch.float64, device=device) if box is None else box
     search = NeighborList(cutoff=cutoff, full_list=not half, n_threads=1)
