@@ -53,7 +53,7 @@ def test_same_content_same_bytes(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_is_not_written() -> None:
-    with pytest.raises(ValueError, match="kind.*potential, composite, propagator.*'weights'"):
+    with pytest.raises(ValueError, match=r"kind.*potential, composite, propagator.*'weights'"):
         model_file.encode(CARD | {"kind": "weights"}, TENSORS)
 
 
@@ -98,7 +98,7 @@ def test_header_that_claims_to_be_huge(path: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="modelPath: no file at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"modelPath: no file at .*nowhere"):
         model_file.load(tmp_path / "nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="modelPath: no file at"):
         model_file.load(tmp_path)  # a folder
@@ -127,7 +127,7 @@ def test_malicious_pickles_are_not_executed(tmp_path: Path, name: str, how: str)
         torch.save(payload, path)
     else:
         torch.save({"num_features": 8, "state_dict": {"output.weight": payload}}, path)
-    with pytest.raises(ValueError, match=f"modelPath: {name}"):
+    with pytest.raises(ValueError, match=rf"modelPath: {name}"):
         family.load_potential(path)
     assert not target.exists()
     # the payload is real
@@ -157,13 +157,13 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
     ids=str,
 )
 def test_impossible_cards(tmp_path: Path, card: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"modelPath: .*{message}"):
+    with pytest.raises(ValueError, match=rf"modelPath: .*{message}"):
         model_file.load_card(write(tmp_path / "card.safetensors", json.dumps(card)))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000], ids=["empty", "open", "deep"])
 def test_cards_that_are_not_json(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match="the model card in .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the model card in .* cannot be read"):
         model_file.load_card(write(tmp_path / "card.safetensors", text))
 
 
@@ -171,7 +171,7 @@ def test_checksums(path: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert model_file.sha256_of(path) == digest
     model_file.verify(path, digest)
-    with pytest.raises(ValueError, match=f"sha256: model.safetensors should have {'0' * 64}, but has {digest}"):
+    with pytest.raises(ValueError, match=rf"sha256: model.safetensors should have {'0' * 64}, but has {digest}"):
         model_file.verify(path, "0" * 64)
     with pytest.raises(ValueError, match="sha256"):
         family.load_potential(path, sha256="0" * 64)
@@ -189,7 +189,7 @@ def test_cache_follows_the_hint_when_it_was_emptied(path: Path, cache: Path) -> 
     (cache / f"{digest}.safetensors").unlink()
     assert model_file.find(digest, hint=path) == path
     path.write_bytes(path.read_bytes() + b"changed")
-    with pytest.raises(FileNotFoundError, match=f"no model with sha256 {digest} in .* or .*model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=rf"no model with sha256 {digest} in .* or .*model.safetensors"):
         model_file.find(digest, hint=path)
 
 

@@ -155,7 +155,7 @@ def test_neighbor_table_holds_the_pairs() -> None:
     assert bool((vectors[~table.mask] == 0).all())
     wider = NeighborMatrix.from_pairs(pairs, 24, n_slots=table.index.shape[1] + 3)
     assert torch.equal(wider.index[:, : table.index.shape[1]], table.index) and int(wider.mask.sum()) == len(pairs)
-    with pytest.raises(ValueError, match=f"n_slots: expected at least {table.index.shape[1]}, got 1"):
+    with pytest.raises(ValueError, match=rf"n_slots: expected at least {table.index.shape[1]}, got 1"):
         NeighborMatrix.from_pairs(pairs, 24, n_slots=1)
 
 

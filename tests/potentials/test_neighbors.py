@@ -95,7 +95,7 @@ def test_atoms_at_the_same_place_are_named(box: str) -> None:
     i, j = (0, 1) if box == "tiny" else (2, 4)
     # the other atom, or its image
     positions[j] = positions[i] + (0 if structure.cell is None else structure.cell[0] - 2 * structure.cell[2])
-    with pytest.raises(ValueError, match=f"positions: atoms ({i} and {j}|{j} and {i}) are at the same place"):
+    with pytest.raises(ValueError, match=rf"positions: atoms ({i} and {j}|{j} and {i}) are at the same place"):
         pairs_within(collate([structure.replace(positions=positions)]), 3.0, half=True)
 
 
