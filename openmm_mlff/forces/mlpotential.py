@@ -189,7 +189,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
         computation = ForceComputation(spec)
         self._check_model(computation, topology)
         system.addForce(make_force(computation, None if atoms is None else chosen, periodic, forceGroup))
-        if periodic:
+        # an empty system means interpolation: the MM bonds stay there and keep the molecules
+        if periodic and system.getNumParticles():
             _keep_molecules(topology, system, chosen, forceGroup)
 
     def _check_model(self, computation: ForceComputation, topology: openmm.app.Topology) -> None:

@@ -42,7 +42,7 @@ DEFAULT_MAX_FORCE = 1e7
 #: number of threads, over the choice by size (environment)
 THREADS_VARIABLE = "OPENMM_MLFF_THREADS"
 #: below this size more than one thread costs more than it gains
-SINGLE_THREAD_MAX_ATOMS = 100
+SINGLE_THREAD_MAX_ATOMS = 200
 MAX_LOADED_MODELS = 8
 
 

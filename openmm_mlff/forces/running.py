@@ -31,6 +31,18 @@ def last_error(source: openmm.System | openmm.Force) -> BaseException | None:
     return called[0].error if called else None
 
 
+def interrupted(error: BaseException) -> bool:
+    """Whether an exception of OpenMM is a Ctrl-C in disguise.
+
+    A `KeyboardInterrupt` that comes while a PythonForce is called leaves OpenMM as an `OpenMMException`: with our text
+    if it came inside `ForceComputation`, with no text at all if it came at its door.
+    """
+    text = str(error)
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, openmm.OpenMMException) and (not text or text.startswith("KeyboardInterrupt"))
+    )
+
+
 def pair_list_state(source: openmm.System | openmm.Force) -> list[dict[str, np.ndarray]]:
     """Where the pair lists of all ML forces were built, for a checkpoint: arrays ``positions`` and ``cell`` (angstrom).
 
