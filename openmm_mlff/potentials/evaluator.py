@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,8 @@ from openmm_mlff.potentials.potential import Evaluation, energy_forces
 if TYPE_CHECKING:
     from openmm_mlff.potentials.potential import Potential
 
+logger = logging.getLogger(__name__)
+
 OUTPUTS = ("energy", "forces", "charges", "dipole", "spread")
 
 
@@ -23,6 +27,8 @@ class Evaluator:
 
     Positions and cells are taken in float64 and moved to the centre of the structure before they are rounded to the
     model's precision, so that a molecule far from the origin loses nothing.
+
+    Args of the constructor: see `Potential.evaluator`.
 
     Attributes:
         pairs: the Verlet lists (`VerletPairs`); their reference positions belong into a checkpoint.
@@ -33,7 +39,7 @@ class Evaluator:
         model: Potential,
         batch: Batch,
         outputs: tuple[str, ...],
-        compile: bool = False,
+        compile: bool | str = False,
         skin: float = DEFAULT_SKIN,
     ) -> None:
         unknown = [name for name in outputs if name not in OUTPUTS]
@@ -48,11 +54,11 @@ class Evaluator:
         self.pairs = VerletPairs(self._batch, model.cutoff, model.long_range, model.long_range_cutoff, skin)
         with torch.no_grad():
             self._fixed = model.fixed(self._batch)
-        self._compiled = None
-        if compile:
-            from openmm_mlff.potentials.compile import CompiledGraph
-
-            self._compiled = CompiledGraph(model, self._batch, self._fixed, outputs)
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+        self.compile = compile
+        # what runs without and with an external potential; chosen on the first call of each kind, then for ever
+        self._run: dict[bool, Callable[[Batch], Evaluation]] = {}
 
     def __call__(
         self,
@@ -68,7 +74,10 @@ class Evaluator:
             potential: external electrostatic potential on the atoms, ``(n_atoms,)`` V; adds sum_i q_i phi_i.
         """
         batch = self.place(positions, cell, potential)
-        result = self.eager(batch) if self._compiled is None else self._compiled(batch)
+        field = potential is not None
+        if field not in self._run:
+            self._run[field] = self._choose(batch)
+        result = self._run[field](batch)
         if result.dipole is not None:
             # a charged structure's dipole depends on the origin: back from the centre to the caller's origin
             result.dipole = result.dipole + batch.charge[:, None] * self._centre.to(batch.charge.dtype)
@@ -97,6 +106,37 @@ class Evaluator:
         self._centre = self._batch.sum_by_structure(exact) / self._batch.counts[:, None]
         centred = exact - (self._centre if self._batch.n_structures == 1 else self._centre[self._batch.segment])
         return batch.at(centred.to(dtype), None if box is None else box.to(dtype), phi)
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether a compiled graph runs; None before the first call."""
+        return None if not self._run else any(run != self.eager for run in self._run.values())
+
+    def _choose(self, batch: Batch) -> Callable[[Batch], Evaluation]:
+        """A compiled graph that has proved itself on this frame, or op by op with one line that says why."""
+        if self.compile is False:
+            return self.eager
+        from openmm_mlff.potentials import compile as compilation
+
+        if batch.positions.device.type != "cpu":
+            logger.info("compiled graphs are made for the CPU; running op by op on %s", batch.positions.device)
+            return self.eager
+        graph = compilation.CompiledGraph(self.model, self._fixed, self.outputs, self.pairs.fixed)
+        if self.compile == "auto" and not graph.ready(batch):
+            logger.info("running op by op; compile=True compiles energy and forces once (about a minute) for later runs")
+            return self.eager
+        if not graph.ready(batch) and not compilation.compiler_found():
+            logger.warning("compile: no C++ compiler found (g++ or clang++); running op by op")
+            return self.eager
+        try:
+            result = graph(batch)
+        except compilation.CompilationError as error:
+            logger.warning("%s; running op by op", error)
+            return self.eager
+        if not compilation.agree(result, self.eager(batch)):
+            logger.warning("compile: the compiled graph and op-by-op evaluation disagree; running op by op")
+            return self.eager
+        return graph
 
     def eager(self, batch: Batch) -> Evaluation:
         """Run op by op, without the compiled graph."""

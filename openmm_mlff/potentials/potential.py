@@ -61,6 +61,8 @@ class Potential(nn.Module):
         cutoff: angstrom, of the directed pair list.
         long_range: whether `predict` needs `Batch.long_range_pairs`.
         long_range_cutoff: angstrom; None takes all pairs of open systems (periodic ones need a value).
+        first_derivatives_only: set while a graph is recorded that is differentiated once; `predict` may then use
+            forms that have no second derivatives.
         predicts_charges, supports_charge, supports_multiplicity, supports_periodic: what the model can do.
     """
 
@@ -70,6 +72,7 @@ class Potential(nn.Module):
     cutoff: float = 0.0
     long_range: bool = False
     long_range_cutoff: float | None = None
+    first_derivatives_only: bool = False
     predicts_charges: bool = False
     supports_charge: bool = False
     supports_multiplicity: bool = False
@@ -161,7 +164,7 @@ class Potential(nn.Module):
         self,
         batch: Batch | Structure | Sequence[Structure],
         outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> Evaluator:
         """The function that MD calls: ``f(positions, cell=None, potential=None) -> Evaluation``.
 
@@ -169,7 +172,8 @@ class Potential(nn.Module):
             batch: which atoms, charges and multiplicities; positions only shape the first pair list. A single
                 molecule is a batch of one, replicas are a batch of many.
             outputs: what is wanted among energy, forces, charges, dipole, spread.
-            compile: run energy and forces as one compiled graph.
+            compile: True runs energy and forces as one compiled graph (made on the first call, about a minute, and
+                kept on disk), 'auto' does so if the disk has it, False runs op by op.
         """
         from openmm_mlff.potentials.evaluator import Evaluator
 

@@ -26,6 +26,7 @@ from openmm_spookynet.layers import (
     ResidualMLP,
     ResidualStack,
 )
+from openmm_spookynet.pair_sums import PairSums
 from openmm_spookynet.terms import (
     AngularFunctions,
     Electrostatics,
@@ -99,19 +100,22 @@ class InteractionModule(nn.Module):
         center, s, p, d, q, k, v = self.heads(x)
         return Messages(x, center, torch.cat([s, p, d], -1), self.attention(q, k, v, batch))
 
-    def interact(self, m: Messages, g: Geometry) -> tuple[Tensor, Tensor]:
+    def interact(self, m: Messages, g: Geometry, fused: bool = False) -> tuple[Tensor, Tensor]:
         """New features and this module's contribution to the descriptor, ``(n_atoms, F)`` each."""
-        local = self.local(self.local_features(m, g))
+        local = self.local(self.local_features(m, g, fused))
         x = self.residual_post(m.x + local + m.nonlocal_)
         return x, self.output(x)
 
-    def local_features(self, m: Messages, g: Geometry) -> Tensor:
+    def local_features(self, m: Messages, g: Geometry, fused: bool = False) -> Tensor:
         """s + <P, P> + <D, D>: rotationally invariant products of s-, p- and d-type sums over neighbours (eqs. 3-5)."""
-        received = self.radial(g.rbf) * m.spd[g.index]  # (n_atoms, slots, 3F)
-        s, p, d = received.chunk(3, -1)
-        total = m.center + s.sum(1)
-        for functions, values, projection in ((g.p, p, self.projection_p), (g.d, d, self.projection_d)):
-            moments = torch.bmm(functions, values)  # (n_atoms, 3|5, F)
+        if fused:
+            s, p, d = PairSums.apply(g.rbf, g.p, g.d, m.spd, self.radial.weight, g.index)
+        else:
+            received = self.radial(g.rbf) * m.spd[g.index]  # (n_atoms, slots, 3F)
+            s, p, d = received.chunk(3, -1)
+            s, p, d = s.sum(1), torch.bmm(g.p, p), torch.bmm(g.d, d)  # (n_atoms, F), (n_atoms, 3, F), (n_atoms, 5, F)
+        total = m.center + s
+        for moments, projection in ((p, self.projection_p), (d, self.projection_d)):
             left, right = projection(moments).chunk(2, -1)
             total = total + (left * right).sum(1)
         return total
@@ -210,10 +214,10 @@ class SpookyNet(Potential):
 
     def descriptor(self, batch: Batch, first: Messages, geometry: Geometry) -> Tensor:
         """Sum of the modules' contributions, ``(n_atoms, F)``."""
-        x, total = self.interactions[0].interact(first, geometry)
+        x, total = self.interactions[0].interact(first, geometry, self.first_derivatives_only)
         keep = None
         for module in self.interactions[1:]:
-            x, y = module.interact(module.messages(x, batch), geometry)
+            x, y = module.interact(module.messages(x, batch), geometry, self.first_derivatives_only)
             if self.training and self.config.module_keep_prob < 1:
                 keep = self._drop(keep, y, batch)
                 y = y * keep

@@ -132,7 +132,8 @@ class _Source:
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
-        self.taken = {"keep_prob"}  # the published program recomputes it
+        # the published program recomputes these two from the options and from the other D4 tables
+        self.taken = {"keep_prob", "d4_dispersion_energy.alpha"}
 
     def take(self, name: str) -> Tensor:
         if name not in self.state:
