@@ -84,7 +84,7 @@ def label_block(argument: tuple[ReferenceMethod, int, Sequence[Structure]], path
         try:
             check_charge_and_multiplicity(structure.numbers, structure.charge, structure.multiplicity)
             labelled.append(method.label(structure))
-        except (LabelError, ValueError) as error:
+        except ValueError as error:
             failures[str(index)] = f"{structure.formula}: {error}"
     write_shard(path, labelled, failures)
     return failures

@@ -51,8 +51,8 @@ TBLITE_METHODS = ("GFN2-xTB", "GFN1-xTB", "IPEA1-xTB")
 Driver = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
-class LabelError(RuntimeError):
-    """The reference program failed for one structure (for example, no self-consistent solution)."""
+class LabelError(ValueError):
+    """A structure for which the reference program has no answer (for example, no self-consistent solution)."""
 
 
 class ReferenceMethod(Protocol):

@@ -1,0 +1,134 @@
+"""``openmm-mlff dataset`` from the outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openmm_mlff.cli import main
+from openmm_mlff.data.datasets import Dataset
+from openmm_mlff.data.formats import read_structures, write_structures
+from openmm_mlff.data.structures import Structure
+
+pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
+
+
+def methanes(n: int) -> list[Structure]:
+    corners = 0.63 * np.array([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    rng = np.random.default_rng(1)
+    geometry = np.concatenate([np.zeros((1, 3)), corners])
+    return [Structure([6, 1, 1, 1, 1], geometry + 0.05 * rng.normal(size=(5, 3))) for _ in range(n)]
+
+
+def dataset_command(*arguments: object) -> int:
+    return main(["dataset", *(str(argument) for argument in arguments)])
+
+
+def test_label_info_split_merge_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_structures(tmp_path / "in.extxyz", methanes(6))
+    one, two, both, file = (tmp_path / name for name in ("one", "two", "both", "out.extxyz"))
+    options = ("--group-by", "block:2", "--split", "train=0.6,test=0.4", "--block", 4, "--no-progress")
+    assert dataset_command("label", tmp_path / "in.extxyz", "-o", one, *options) == 0
+    assert "failures  0" in capsys.readouterr().out
+    configuration = json.loads((one / "configuration.json").read_text())
+    assert configuration["sampling"]["sources"][0]["input"] == "in.extxyz"
+    assert Dataset(one).card["splits"]["structures"] == {"train": 4, "test": 2}
+    assert dataset_command("info", one, "--verify") == 0
+    assert "every shard agrees" in capsys.readouterr().out
+    assert dataset_command("info", one, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["n_structures"] == 6
+    assert dataset_command("split", one, "--split", "a=0.3,b=0.7", "--split-seed", 9) == 0
+    assert set(Dataset(one).splits) == {"a", "b"}
+    write_structures(tmp_path / "more.extxyz", [s.replace(group="more") for s in methanes(2)])
+    assert dataset_command("label", tmp_path / "more.extxyz", "-o", two, "--no-progress") == 0
+    assert dataset_command("merge", one, two, "-o", both) == 0
+    assert len(Dataset(both)) == 8
+    assert dataset_command("export", both, file) == 0
+    assert [s.energy for s in read_structures(file)] == pytest.approx([s.energy for s in Dataset(both)])
+    assert (tmp_path / "out.extxyz.configuration.json").exists()
+    labels = ("--labelled-by", "GFN2-xTB", "--energy-reference", "free atoms")
+    assert dataset_command("import", file, "-o", tmp_path / "three", *labels) == 0
+    assert Dataset(tmp_path / "three").card["labels"]["forces"] == 8
+
+
+def test_smiles_charge_and_trajectories(tmp_path: Path, shared: Path) -> None:
+    pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
+    options = ("--conformers", 2, "--no-progress")
+    assert dataset_command("label", "smiles:[NH4+]", "smiles:[CH3]", "-o", tmp_path / "a", *options) == 0
+    found = [(s.formula, s.charge, s.multiplicity) for s in Dataset(tmp_path / "a")]
+    assert found == [("H4N", 1, 1)] * 2 + [("CH3", 0, 2)] * 2
+    pdb = shared / "data/alanine-dipeptide-explicit.pdb"
+    options = ("--atoms", "resname ALA and name N H CA HA", "--charge", -1, "--multiplicity", 3, "--no-progress")
+    assert dataset_command("label", pdb, "--topology", pdb, "-o", tmp_path / "b", *options) == 0
+    assert [(s.formula, s.charge, s.multiplicity) for s in Dataset(tmp_path / "b")] == [("CH2N", -1, 3)]
+
+
+def test_any_ase_calculator(tmp_path: Path) -> None:
+    write_structures(tmp_path / "in.extxyz", methanes(2))
+    output = str(tmp_path / "a")
+    command = ["dataset", "label", str(tmp_path / "in.extxyz"), "-o", output, "--no-progress", "--calculator"]
+    assert main([*command, "ase.calculators.emt:EMT"]) == 0
+    dataset = Dataset(output)
+    from ase import Atoms
+    from ase.calculators.emt import EMT
+
+    for s in dataset:
+        molecule = Atoms(numbers=s.numbers, positions=s.positions, calculator=EMT())
+        alone = sum(Atoms(numbers=[z], calculator=EMT()).get_potential_energy() for z in s.numbers)
+        assert s.energy == pytest.approx(molecule.get_potential_energy() - alone, abs=1e-9)
+        np.testing.assert_allclose(s.forces, molecule.get_forces(), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.xyz"], "missing.xyz: no such file"),
+        (["smiles:C1CC"], "smiles: expected a molecule, got 'C1CC'"),
+        (["smiles:C", "--method", "GFN3"], "method: 'GFN3' is not one of tblite's"),
+        (["smiles:C", "--charge-keyword", "charge"], "--charge-keyword: expected only together with --calculator"),
+        (["smiles:C", "--calculator", "nosuch:Thing"], "calculator: expected 'module:Class'"),
+        (["smiles:C", "--charge", "1"], "not one of 1 structures could be labelled"),
+        (["smiles:C", "--group-by", "molecule"], "by: expected 'formula'"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
+    assert main(["dataset", "label", *arguments, "-o", str(tmp_path / "a"), "--no-progress"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    write_structures(tmp_path / "in.extxyz", methanes(150))
+    arguments = ["dataset", "label", str(tmp_path / "in.extxyz"), "--block", "5", "--no-progress", "-o"]
+    command = [sys.executable, "-m", "openmm_mlff", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    shards = tmp_path / "killed" / "shards"
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(shards.glob("*.safetensors"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path.name: path.stat().st_mtime_ns for path in shards.glob("[!.]*.safetensors")}
+    assert 3 <= len(done) < 30
+    assert not (tmp_path / "killed" / "card.json").exists()
+    assert main([*arguments, str(tmp_path / "killed")]) == 0
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    killed, whole = Dataset(tmp_path / "killed"), Dataset(tmp_path / "whole")
+    assert {name: (shards / name).stat().st_mtime_ns for name in done} == done
+    assert killed.card["shards"] == whole.card["shards"]
+    assert len(killed) == 150
