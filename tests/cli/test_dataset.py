@@ -109,26 +109,34 @@ def test_errors_are_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    write_structures(tmp_path / "in.extxyz", methanes(150))
-    arguments = ["dataset", "label", str(tmp_path / "in.extxyz"), "--block", "5", "--no-progress", "-o"]
-    command = [sys.executable, "-m", "openmm_mlff", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    shards = tmp_path / "killed" / "shards"
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize(
+    ("stop", "processes", "status"),
+    [(signal.SIGKILL, 1, -signal.SIGKILL), (signal.SIGINT, 2, 130)],
+    ids=["kill", "Ctrl-C"],
+)
+def test_a_stopped_run_goes_on(tmp_path: Path, stop: signal.Signals, processes: int, status: int) -> None:
+    write_structures(tmp_path / "in.extxyz", methanes(120))
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    arguments = ["dataset", "label", str(tmp_path / "in.extxyz"), "--block", "3", "--no-progress", "-o"]
+    command = [sys.executable, "-m", "openmm_mlff", *arguments, str(stopped), "-j", str(processes)]
+    # a group of its own, so that the signal reaches the workers too, as from a terminal
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 120
-    while len(list(shards.glob("*.safetensors"))) < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
+    while len(list((stopped / "shards").glob("*.safetensors"))) < 2:
+        assert process.poll() is None, "the run ended before it could be stopped"
         assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = {path.name: path.stat().st_mtime_ns for path in shards.glob("[!.]*.safetensors")}
-    assert 3 <= len(done) < 30
-    assert not (tmp_path / "killed" / "card.json").exists()
-    assert main([*arguments, str(tmp_path / "killed")]) == 0
-    assert main([*arguments, str(tmp_path / "whole")]) == 0
-    killed, whole = Dataset(tmp_path / "killed"), Dataset(tmp_path / "whole")
-    assert {name: (shards / name).stat().st_mtime_ns for name in done} == done
-    assert killed.card["shards"] == whole.card["shards"]
-    assert len(killed) == 150
+        time.sleep(0.002)
+    os.killpg(process.pid, stop)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in error
+    done = {path.name: path.stat().st_mtime_ns for path in (stopped / "shards").glob("[!.]*.safetensors")}
+    assert 2 <= len(done) < 40
+    assert not (stopped / "card.json").exists()
+    assert main([*arguments, str(stopped)]) == 0
+    assert main([*arguments, str(whole)]) == 0
+    assert {name: (stopped / "shards" / name).stat().st_mtime_ns for name in done} == done
+    assert Dataset(stopped).card["shards"] == Dataset(whole).card["shards"]
+    assert len(Dataset(stopped)) == 120

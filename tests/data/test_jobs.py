@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_a_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
         claim_folder(tmp_path, {"method": "GFN1-xTB", "pair": (1, 2)})
     with pytest.raises(ValueError, match="extra: "):
         claim_folder(tmp_path, {"method": "GFN2-xTB", "pair": (1, 2), "extra": 1})
+
+
+class Crash:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a worker process died"):
+        run_tasks({"a": Crash()}, Worker(), tmp_path, log=tmp_path / "log", processes=2, progress=False)
 
 
 def test_no_processes_is_refused(tmp_path: Path) -> None:
