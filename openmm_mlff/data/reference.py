@@ -231,8 +231,8 @@ class ASEReference:
         calculator: "module:Class", or a name known to `ase.calculators.calculator.get_calculator_class`.
         kwargs: keyword arguments of its constructor.
         charge_keyword, multiplicity_keyword: constructor keywords that take the total charge and 2S+1
-            (for example "charge" and "multiplicity"); None if the calculator reads ``atoms.info["charge"]``
-            and ``atoms.info["spin"]`` (= 2S+1), which are always set.
+            (for example "charge" and "multiplicity"); None if the calculator reads ``charge``, ``multiplicity`` or
+            ``spin`` (= 2S+1) from ``atoms.info``, which are always set.
         atom_energies: free-atom energies in eV by symbol. None lets the calculator compute every free atom in
             its ground-state multiplicity; an empty mapping leaves energies on the calculator's own scale.
     """
@@ -252,6 +252,7 @@ class ASEReference:
 
         calculator = _ase_calculator_class(self.calculator)
         kwargs = dict(self.kwargs)
+        state = {"charge": structure.charge, "spin": structure.multiplicity, "multiplicity": structure.multiplicity}
         if self.charge_keyword is not None:
             kwargs[self.charge_keyword] = int(structure.charge)
         if self.multiplicity_keyword is not None:
@@ -265,7 +266,7 @@ class ASEReference:
             positions=structure.positions,
             cell=structure.cell,
             pbc=structure.cell is not None,
-            info={"charge": int(structure.charge), "spin": int(structure.multiplicity)},
+            info={name: int(value) for name, value in state.items()},
             calculator=made,
         )
 
@@ -291,14 +292,13 @@ class ASEReference:
             raise LabelError(f"{self.calculator} failed: {type(error).__name__}: {error}") from error
 
     def driver(self, structure: Structure) -> Driver:
-        """Energy and forces from one calculator object that stays alive."""
+        """Energy (on the calculator's own scale) and forces from one calculator object that stays alive."""
         atoms = self._atoms(structure)
-        shift = free_atom_energy(self, structure.numbers)
 
         def energy_and_forces(positions: np.ndarray) -> tuple[float, np.ndarray]:
             atoms.positions[:] = positions
             energy, forces, _ = self._compute(structure, atoms)
-            return energy - shift, forces
+            return energy, forces
 
         return energy_and_forces
 

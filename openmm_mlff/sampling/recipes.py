@@ -14,8 +14,9 @@ from its seed, so a recipe stands for one dataset::
     [method]                       # makes the labels: fields of TBLite, or of ASEReference with calculator = "..."
     method = "GFN2-xTB"
 
-    [driver]                       # optional: another method that drives the dynamics
-    method = "GFN1-xTB"
+    [driver]                       # optional: another method that drives the dynamics, here a model of this package
+    calculator = "openmm_mlff.forces.ase_calculator:MLFFCalculator"
+    kwargs = { potential = "model.safetensors" }
 
     [torsions]                     # atom indices from zero
     phi = [4, 6, 8, 14]

@@ -163,6 +163,20 @@ def test_another_method_can_drive() -> None:
     assert np.abs(alone.positions - frame.positions).max() > 1e-4
 
 
+def test_a_potential_of_this_package_can_drive(shared: Path) -> None:
+    driver = ASEReference(
+        "openmm_mlff.forces.ase_calculator:MLFFCalculator",
+        {"potential": str(shared / "models/spookynet_parameters.pth")},
+        charge_keyword="charge",
+        multiplicity_keyword="multiplicity",
+    )
+    (frame,) = run_trajectory(plan(duration=5.0, discard=0.0), TBLite(), driver=driver)
+    fresh = TBLite().label(PEROXIDE.replace(positions=frame.positions))
+    assert frame.energy == fresh.energy
+    (alone,) = run_trajectory(plan(duration=5.0, discard=0.0), TBLite())
+    assert 1e-4 < np.abs(alone.positions - frame.positions).max() < 0.5
+
+
 @dataclass(frozen=True)
 class Failing(TBLite):
     """Fails on the third force."""
