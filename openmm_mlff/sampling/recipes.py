@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from openmm_mlff._plugins import near
-from openmm_mlff.data.datasets import Dataset, finish_dataset
+from openmm_mlff.data.datasets import Dataset, digest, finish_dataset
 from openmm_mlff.data.formats import read_structures
 from openmm_mlff.data.jobs import claim_folder, run_tasks
 from openmm_mlff.data.molecules import embed_smiles
@@ -88,6 +88,8 @@ def read_recipe(path: str | Path) -> Recipe:
     start = _read_start(table["start"], path.parent, int(table["seed"]))
     torsions = _read_torsions(table.get("torsions", {}), len(start))
     plans = [plan for entry in table["sets"] for plan in _plans_of_set(entry, start, torsions, rng)]
+    if not plans:
+        raise ValueError("sets: expected at least one trajectory, got none")
     names = [plan.name for plan in plans]
     if len(set(names)) != len(names):
         raise ValueError("sets: expected a different name for every set")
@@ -194,7 +196,11 @@ def sample(recipe: Recipe, output: str | Path, processes: int = 1, progress: boo
         if method is not None:
             method.check()
     output = Path(output)
-    configuration = {"recipe": recipe.table, "method": recipe.method.describe()}
+    configuration = {
+        "recipe": recipe.table,
+        "start_sha256": digest([recipe.plans[0].start]),
+        "method": recipe.method.describe(),
+    }
     if recipe.driver is not None:
         configuration["driver"] = recipe.driver.describe()
     claim_folder(output, configuration)

@@ -286,6 +286,12 @@ def test_a_recipe_becomes_a_dataset_and_resumes(tmp_path: Path) -> None:
     again = sample(recipe, tmp_path / "out", progress=False)
     assert kept.stat().st_mtime_ns == before
     assert again.card["shards"] == dataset.card["shards"]
+    (tmp_path / "r.toml").write_text(SMALL.replace('smiles = "OO"', 'smiles = "SS"'))
+    with pytest.raises(ValueError, match=r"recipe: .* was begun with"):
+        sample(read_recipe(tmp_path / "r.toml"), tmp_path / "out", progress=False)
+    moved = replace(recipe, plans=tuple(replace(p, start=PEROXIDE) for p in recipe.plans))
+    with pytest.raises(ValueError, match=r"start_sha256: .* was begun with"):
+        sample(moved, tmp_path / "out", progress=False)
     (tmp_path / "r.toml").write_text(SMALL.replace("seed = 3", "seed = 4"))
     with pytest.raises(ValueError, match=r"recipe: .* was begun with"):
         sample(read_recipe(tmp_path / "r.toml"), tmp_path / "out", progress=False)
