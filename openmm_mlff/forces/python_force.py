@@ -194,7 +194,7 @@ class ForceComputation:
             structure = Structure(self._numbers, positions, self.spec.charge, self.spec.multiplicity, cell)
             model = self.model
             self._evaluator = model.evaluator(
-                structure, outputs=("energy", "forces"), compile=self.spec.compile is True
+                structure, outputs=("energy", "forces"), compile=self.spec.compile
             )
         return self._evaluator
 

@@ -78,7 +78,7 @@ def _load(source: str | Path, kind: str, expected: type, allow: Iterable[str], f
     root = _parse(_read(source))
     stored = root.get("type", "")
     if stored not in (_types(kind) if kind == "Integrator" else {kind}):
-        raise UnsafeXMLError(f"source: expected the XML of a {kind}, got that of {stored or root.tag!r}")
+        raise UnsafeXMLError(f"source: expected XML of type {kind}, got {stored or root.tag!r}")
     if isinstance(allow, str) or isinstance(force_types, str):
         raise TypeError("allow, force_types: expected a list of names, got one text")
     _check(root, frozenset(allow), _types() | frozenset(force_types))
@@ -151,9 +151,11 @@ def _checked(data: bytes, allow: frozenset[str]) -> bytes:
             f"author, pass allow={forbidden!r}"
         )
     try:
-        pickle.loads(data)
+        function = pickle.loads(data)
     except Exception as error:
         raise MissingPluginError(f"source: a PythonForce in it cannot be loaded here ({error})") from error
+    if not callable(function):
+        raise UnsafeXMLError(f"source: a PythonForce in it holds a {type(function).__name__}, which is not a function")
     return data
 
 

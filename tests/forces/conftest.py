@@ -90,7 +90,11 @@ def solvated(alanine: app.PDBFile) -> Box:
     modeller = app.Modeller(alanine.topology, alanine.positions)
     modeller.addSolvent(field, model="tip3p", boxSize=openmm.Vec3(2.2, 2.2, 2.2) * unit.nanometer, neutralize=False)
     system = field.createSystem(
-        modeller.topology, nonbondedMethod=app.PME, nonbondedCutoff=0.9 * unit.nanometer, rigidWater=True
+        modeller.topology,
+        nonbondedMethod=app.PME,
+        nonbondedCutoff=0.9 * unit.nanometer,
+        rigidWater=True,
+        removeCMMotion=False,
     )
     return Box(modeller.topology, system, np.array(modeller.positions.value_in_unit(unit.nanometer)))
 

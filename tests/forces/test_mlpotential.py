@@ -55,12 +55,14 @@ def test_long_range_cutoff_of_a_model_in_memory_is_kept() -> None:
 
 
 def test_family_without_model() -> None:
-    with pytest.raises(ValueError, match="modelPath: 'spookynet' needs a model file, got None; ready-made models: 'spooky"):
+    with pytest.raises(
+        ValueError, match="modelPath: 'spookynet' needs a model file, got None; ready-made models: 'spooky"
+    ):
         MLPotential("spookynet")
 
 
 def test_name_that_does_not_exist() -> None:
-    with pytest.raises((ValueError, KeyError), match="'spokynet'.*did you mean 'spookynet'"):
+    with pytest.raises((ValueError, KeyError), match=r"'spokynet'.*did you mean 'spookynet'"):
         MLPotential("spokynet")
 
 
@@ -148,7 +150,7 @@ def test_malicious_file(tmp_path: Path) -> None:
 
 def test_wrong_sha256(model_path: Path) -> None:
     MLPotential("spookynet", modelPath=model_path, sha256=model_file.sha256_of(model_path))
-    with pytest.raises(ValueError, match="sha256: small.safetensors should have 00000"):
+    with pytest.raises(ValueError, match=r"sha256: small.safetensors should have 00000"):
         MLPotential("spookynet", modelPath=model_path, sha256="0" * 64)
 
 
@@ -247,7 +249,7 @@ def bare(n: int) -> openmm.System:
 def test_mixed_systems_warn_of_what_may_be_the_embeddings(potential: MLPotential) -> None:
     with pytest.warns(UserWarning, match="bondLengths: not a keyword of the ML potential"):
         potential.createMixedSystem(topology_of(WATER), bare(3), [0, 1, 2], bondLengths=3)
-    with pytest.raises(TypeError, match="multiplicty: .*did you mean 'multiplicity'"):
+    with pytest.raises(TypeError, match=r"multiplicty: .*did you mean 'multiplicity'"):
         potential.createMixedSystem(topology_of(WATER), bare(3), [0, 1, 2], multiplicty=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -122,7 +122,9 @@ def test_energy_is_that_of_the_potential(model: SpookyNet, small: MLPotential) -
 def test_charge_and_multiplicity_matter(small: MLPotential) -> None:
     energies = {
         (charge, multiplicity): energy_of(
-            context_of(small.createSystem(topology_of(WATER), charge=charge, multiplicity=multiplicity), WATER_POSITIONS)
+            context_of(
+                small.createSystem(topology_of(WATER), charge=charge, multiplicity=multiplicity), WATER_POSITIONS
+            )
         )
         for charge, multiplicity in [(0, 1), (0, 3), (1, 2), (-1, 2)]
     }
@@ -328,7 +330,7 @@ def test_make_whole_recovers_any_compact_region() -> None:
 def test_region_wider_than_half_the_box_reports_its_width() -> None:
     cell = np.diag([20.0, 30.0, 40.0])
     chain = np.stack([np.linspace(0, 12, 9), np.zeros(9), np.zeros(9)], -1)
-    with pytest.raises(checks.RegionError, match="spans 0.60 of the periodic box along box vector a .*2.00 nm"):
+    with pytest.raises(checks.RegionError, match=r"spans 0.60 of the periodic box along box vector a .*2.00 nm"):
         checks.make_whole(chain % 20.0 + [0, 30.0, 0], cell)
     # the same chain fits along the longer vectors
     checks.make_whole(chain[:, [1, 0, 2]], cell)
