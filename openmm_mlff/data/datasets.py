@@ -62,6 +62,9 @@ class Dataset:
         self._ends = np.cumsum([len(header) for header in headers])
         self._shard = functools.lru_cache(maxsize=4)(read_shard)
 
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Path]]:
+        return Dataset, (self.path,)
+
     def __len__(self) -> int:
         return len(self.groups)
 

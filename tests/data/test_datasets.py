@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,7 @@ def test_indexing_streaming_and_loading_agree(tmp_path: Path) -> None:
         assert_same(one, dataset[k - 23])
     for one, other in zip(before, dataset, strict=True):
         assert_same(one, other)
+    assert_same(before[7], pickle.loads(pickle.dumps(dataset))[7])
     with pytest.raises(IndexError, match="less than 23"):
         dataset[23]
     with pytest.raises(FileExistsError, match="a dataset already"):
