@@ -102,7 +102,11 @@ class GraphInputs:
             cells_away = math.ceil(self.reach / float(batch.cell[0, 0].norm())) + 1
             far = pairs.offsets.new_tensor([float(cells_away), 0.0, 0.0]).expand(missing, 3)
             nowhere = pairs.first.new_zeros(missing)
-            values += [torch.cat([pairs.first, nowhere]), torch.cat([pairs.second, nowhere]), torch.cat([pairs.offsets, far])]
+            values += [
+                torch.cat([pairs.first, nowhere]),
+                torch.cat([pairs.second, nowhere]),
+                torch.cat([pairs.offsets, far]),
+            ]
         batch.__dict__["_graph_tables"] = values
         return values
 
@@ -241,9 +245,9 @@ def _first_derivatives_only(model: Potential) -> Iterator[None]:
         model.first_derivatives_only = before
 
 
-def agree(compiled: Evaluation, eager: Evaluation) -> bool:
-    """Whether two evaluations of one frame differ by no more than rounding can explain."""
-    eps = torch.finfo(eager.energy.dtype).eps
+def agree(compiled: Evaluation, eager: Evaluation, dtype: torch.dtype) -> bool:
+    """Whether two evaluations of one frame in precision `dtype` differ by no more than rounding can explain."""
+    eps = torch.finfo(dtype).eps
     close = bool(((compiled.energy - eager.energy).abs() <= 20 * eps * eager.energy.abs() + 100 * eps).all())
     if compiled.forces is not None and eager.forces is not None:
         scale = max(float(eager.forces.abs().max()), 1.0)

@@ -123,7 +123,9 @@ class Evaluator:
             return self.eager
         graph = compilation.CompiledGraph(self.model, self._fixed, self.outputs, self.pairs.fixed)
         if self.compile == "auto" and not graph.ready(batch):
-            logger.info("running op by op; compile=True compiles energy and forces once (about a minute) for later runs")
+            logger.info(
+                "running op by op; compile=True compiles energy and forces once (about a minute) for later runs"
+            )
             return self.eager
         if not graph.ready(batch) and not compilation.compiler_found():
             logger.warning("compile: no C++ compiler found (g++ or clang++); running op by op")
@@ -133,7 +135,7 @@ class Evaluator:
         except compilation.CompilationError as error:
             logger.warning("%s; running op by op", error)
             return self.eager
-        if not compilation.agree(result, self.eager(batch)):
+        if not compilation.agree(result, self.eager(batch), self.model.dtype):
             logger.warning("compile: the compiled graph and op-by-op evaluation disagree; running op by op")
             return self.eager
         return graph

@@ -22,7 +22,7 @@ class Prediction:
     """What a network predicts for a batch (before differentiation).
 
     Attributes:
-        energy: ``(n_structures,)`` eV.
+        energy: ``(n_structures,)`` eV; float64 where sums over atoms would lose digits in the model's precision.
         charges: ``(n_atoms,)`` e, or None. dipole: ``(n_structures, 3)`` e*angstrom, or None.
         spread: uncertainty of the energy, ``(n_structures,)`` eV, or None.
         terms: named parts of the energy, each ``(n_structures,)`` eV, where the family has them.

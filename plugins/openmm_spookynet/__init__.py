@@ -27,7 +27,7 @@ family = Family(
             name="spookynet-ala2-gfn2",
             family="spookynet",
             path=WEIGHTS / "spookynet-ala2-gfn2.safetensors",
-            domain="capped alanine (ACE-ALA-NME) in the gas phase or as the ML region of ML/MM, 300-600 K, at GFN2-xTB level",
+            domain="capped alanine (ACE-ALA-NME), isolated or as the ML region of ML/MM, 300-600 K, like GFN2-xTB",
         ),
     ),
 )

@@ -9,7 +9,7 @@ BOHR = 0.5291772105638411  # angstrom; the constant that the published model was
 
 @dataclass(frozen=True)
 class SpookyNetConfig:
-    """Hyperparameters; the defaults are those of the published checkpoint (the paper's own models: 128 features, 6 modules).
+    """Hyperparameters; the defaults are those of the published checkpoint.
 
     Attributes:
         num_features: length F of the atomic feature vectors.

@@ -65,7 +65,34 @@ class FixedD4:
 
 
 class D4Dispersion(nn.Module):
-    """E = -sum over pairs of C6 [s6 / (r^6 + r0^6) + s8 R^2 / (r^8 + r0^8)], r0 = a1 R + a2, R = sqrt(3) r4r2_i r4r2_j."""
+    """E = -sum over pairs of C6 [s6 / (r^6 + r0^6) + s8 R^2 / (r^8 + r0^8)].
+
+    r0 = a1 R + a2 with R = sqrt(3) r4r2_i r4r2_j from the atoms' sizes.
+    """
+
+    s6_raw: Tensor
+    s8_raw: Tensor
+    a1_raw: Tensor
+    a2_raw: Tensor
+    scaleq_raw: Tensor
+    refsys: Tensor
+    zeff: Tensor
+    refh: Tensor
+    sscale: Tensor
+    secaiw: Tensor
+    gam: Tensor
+    ascale: Tensor
+    alphaiw: Tensor
+    hcount: Tensor
+    casimir_polder_weights: Tensor
+    rcov: Tensor
+    en: Tensor
+    ncount_mask: Tensor
+    ncount_weight: Tensor
+    cn: Tensor
+    fixgweights: Tensor
+    refq: Tensor
+    sqrt_r4r2: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +134,7 @@ class D4Dispersion(nn.Module):
     def forward(
         self, fixed: FixedD4, batch: Batch, charges: Tensor, distances: Tensor, long_range_cutoff: float | None
     ) -> Tensor:
-        """Energies of the pairs of the batch's half list ``(n_pairs,)`` eV, from charges (e) and distances (angstrom)."""
+        """Energies of the pairs of the half list, ``(n_pairs,)`` eV, from charges (e) and distances (angstrom)."""
         assert batch.long_range_pairs is not None
         i, j = batch.long_range_pairs.first, batch.long_range_pairs.second
         r = distances / BOHR

@@ -1,6 +1,6 @@
 """Building blocks of SpookyNet: residual networks, embeddings, attention (Unke et al. 2021, Methods).
 
-Row-vector convention: features are ``(n_atoms, F)`` and a linear layer computes ``x @ weight + bias``. Every block exists
+Row-vector convention: features are ``(n_atoms, F)`` and a linear layer computes ``x @ weight + bias``. Blocks exist
 for one network (``n=None``, weights ``(F, F)``) and for n networks of one shape side by side (weights ``(n, F, F)``,
 features ``(n, n_atoms, F)``): one batched product instead of n small ones.
 """
@@ -19,7 +19,8 @@ from openmm_mlff.data.structures import Batch
 class Activation(nn.Module):
     """Self-adjusting activation with scale alpha and slope beta per feature (eqs. 5 and 6 use Swish).
 
-    ``swish``: alpha x sigmoid(beta x), starts as an approximate GELU (beta = 1.702). ``ssp``: alpha (softplus(beta x) - ln 2) / beta.
+    ``swish``: alpha x sigmoid(beta x), starts as an approximate GELU (beta = 1.702).
+    ``ssp``: alpha (softplus(beta x) - ln 2) / beta.
     """
 
     def __init__(self, kind: str, n: int | None, features: int) -> None:
@@ -39,7 +40,7 @@ class Activation(nn.Module):
 
 
 class Linear(nn.Module):
-    """Linear layers: ``(n_atoms, F_in)`` -> ``(n_atoms, F_out)``, or with n of them ``(n, n_atoms, F_in)`` -> ``(n, n_atoms, F_out)``."""
+    """Linear layer, ``(n_atoms, F_in)`` -> ``(n_atoms, F_out)``, or n of them with a leading n in both shapes."""
 
     def __init__(self, n: int | None, inputs: int, outputs: int, bias: bool = True, zero: bool = False) -> None:
         super().__init__()
@@ -153,11 +154,15 @@ class NonlinearElectronicEmbedding(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention between all atoms of a structure at linear cost: FAVOR+ (Choromanski et al. 2021) with fixed random features.
+    """Attention between all atoms of a structure at linear cost: FAVOR+ (Choromanski et al. 2021).
+
+    The random features are fixed; they are part of the model.
 
     phi(X) = (exp(X omega / F^1/4 - |X|^2 / (2 sqrt F) - M) + 1e-4) / sqrt m. Because of the 1e-4 the maxima M do not
     cancel: they belong to the function, and forces include their derivative.
     """
+
+    omega: Tensor
 
     def __init__(self, features: int, random_features: int) -> None:
         super().__init__()
@@ -189,7 +194,7 @@ def first_maximum(x: Tensor) -> Tensor:
     """Largest value of each row, ``(rows, n)`` -> ``(rows, 1)``; of entries equal up to rounding the first one.
 
     Equivalent atoms of a symmetric molecule tie for the maximum. Which of them carries the derivative must not depend
-    on the order in which sums were rounded, or forces would differ between batches and machines by up to 1e-4 eV/angstrom.
+    on how sums were rounded, or forces would differ between batches and machines by up to 1e-4 eV/angstrom.
     """
     with torch.no_grad():
         largest = x.amax(1, keepdim=True)

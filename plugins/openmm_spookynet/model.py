@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,11 @@ class SpookyNet(Potential):
     supports_charge = True
     supports_multiplicity = True
 
+    electron_config: Tensor
+    repulsion: NuclearRepulsion | None
+    electrostatics: Electrostatics | None
+    dispersion: D4Dispersion | None
+
     def __init__(self, config: SpookyNetConfig | None = None) -> None:
         super().__init__()
         c = self.config = config or SpookyNetConfig()
@@ -174,7 +179,7 @@ class SpookyNet(Potential):
         z = self.element_embedding[batch.numbers] + self.config_linear(self.electron_config)[batch.numbers]
         x = z + self.charge_embedding(z, batch.charge, batch) + self.spin_embedding(z, batch.multiplicity - 1, batch)
         return {
-            "messages": self.interactions[0].messages(x, batch),
+            "messages": cast(InteractionModule, self.interactions[0]).messages(x, batch),
             "bias": self.element_bias[batch.numbers],
             "d4": None if self.dispersion is None else self.dispersion.fixed(batch.numbers),
         }
@@ -192,10 +197,13 @@ class SpookyNet(Potential):
         e, q = (self.output(self.descriptor(batch, fixed["messages"], geometry)) + fixed["bias"]).unbind(-1)
         surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
         charges = q + surplus[batch.segment]
-        terms = {"network": batch.sum_by_structure(e)}
+        # totals are summed in float64: a float32 sum of hundreds of eV loses more than the network does
+        terms = {"network": batch.sum_by_structure(e.double())}
         if self.repulsion is not None:
             z = batch.numbers.to(e.dtype)
-            terms["repulsion"] = batch.sum_by_structure(self.repulsion(z, geometry.r, geometry.f, geometry.index))
+            terms["repulsion"] = batch.sum_by_structure(
+                self.repulsion(z, geometry.r, geometry.f, geometry.index).double()
+            )
         terms.update(self.long_range_terms(batch, fixed, charges))
         dipole = batch.sum_by_structure(charges[:, None] * batch.positions)
         return Prediction(torch.stack(list(terms.values())).sum(0), charges, dipole, terms=terms)
@@ -212,12 +220,14 @@ class SpookyNet(Potential):
         p, d = self.angular(vectors / r[..., None])
         return Geometry(batch.neighbors.index, r, f, self.radial_basis(r, f), p, d)
 
-    def descriptor(self, batch: Batch, first: Messages, geometry: Geometry) -> Tensor:
-        """Sum of the modules' contributions, ``(n_atoms, F)``."""
-        x, total = self.interactions[0].interact(first, geometry, self.first_derivatives_only)
+    def descriptor(self, batch: Batch, messages: Messages, geometry: Geometry) -> Tensor:
+        """Sum of the modules' contributions, ``(n_atoms, F)``; `messages` are the first module's."""
+        fused = self.first_derivatives_only
         keep = None
-        for module in self.interactions[1:]:
-            x, y = module.interact(module.messages(x, batch), geometry, self.first_derivatives_only)
+        first, *others = cast(list[InteractionModule], list(self.interactions))
+        x, total = first.interact(messages, geometry, fused)
+        for module in others:
+            x, y = module.interact(module.messages(x, batch), geometry, fused)
             if self.training and self.config.module_keep_prob < 1:
                 keep = self._drop(keep, y, batch)
                 y = y * keep
@@ -242,7 +252,7 @@ class SpookyNet(Potential):
             energies["electrostatics"] = self.electrostatics(charges[pairs.first], charges[pairs.second], r, limit)
         if self.dispersion is not None:
             energies["dispersion"] = self.dispersion(fixed["d4"], batch, charges, r, limit)
-        return {name: _sum_pairs(batch, pairs.first, e) for name, e in energies.items()}
+        return {name: _sum_pairs(batch, pairs.first, e.double()) for name, e in energies.items()}
 
 
 def _sum_pairs(batch: Batch, first: Tensor, energy: Tensor) -> Tensor:

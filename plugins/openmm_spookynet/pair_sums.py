@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def _radial_products(rbf: Tensor, weight: Tensor) -> Tensor:
-    """``(n_atoms, slots, K)``, ``(K, F)`` -> ``(n_atoms, slots, F)``, written as K products that fuse into their use."""
+    """``(n_atoms, slots, K)``, ``(K, F)`` -> ``(n_atoms, slots, F)``, as K products that fuse into their use."""
     total = rbf[..., 0, None] * weight[0]
     for k in range(1, weight.shape[0]):
         total = total + rbf[..., k, None] * weight[k]
@@ -64,8 +64,8 @@ class PairSums(torch.autograd.Function):
             else:
                 sign = -1.0 if t == 1 else 1.0  # Y_ji = (-1)^l Y_ij
                 terms = range(functions.shape[1])
-                here = sum(functions[:, c, :, None] * gradient[:, None, c] for c in terms)  # type: ignore[assignment]
-                there = sum(sign * functions[:, c, :, None] * gradient[:, c][index] for c in terms)  # type: ignore[assignment]
+                here = sum(functions[:, c, :, None] * gradient[:, None, c] for c in terms)
+                there = sum(sign * functions[:, c, :, None] * gradient[:, c][index] for c in terms)
                 moved = g * source
                 d_functions.append(torch.stack([(moved * gradient[:, None, c]).sum(-1) for c in terms], 1))
             d_spd.append((g * there).sum(1))

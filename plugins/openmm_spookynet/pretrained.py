@@ -34,12 +34,12 @@ _RENAMED = {
     "use_electrostatics": "use_electrostatics",
     "lr_cutoff": "long_range_cutoff",
 }
-_SAME = (
-    "activation num_features num_basis_functions num_modules cutoff exp_weighting use_irreps module_keep_prob "
-    "num_residual_electron num_residual_pre num_residual_local_x num_residual_local_s num_residual_local_p "
-    "num_residual_local_d num_residual_local num_residual_nonlocal_q num_residual_nonlocal_k num_residual_nonlocal_v "
-    "num_residual_post num_residual_output"
-).split()
+_UNCHANGED = (
+    "activation num_features num_basis_functions num_modules cutoff exp_weighting use_irreps "
+    "module_keep_prob num_residual_electron num_residual_pre num_residual_local_x num_residual_local_s "
+    "num_residual_local_p num_residual_local_d num_residual_local num_residual_nonlocal_q "
+    "num_residual_nonlocal_k num_residual_nonlocal_v num_residual_post num_residual_output "
+)
 
 
 def recognises(path: Path) -> bool:
@@ -70,7 +70,7 @@ def build(saved: dict[str, Any]) -> SpookyNet:
     basis = saved.get("basis_functions", "exp-bernstein")
     if basis != "exp-bernstein":
         raise ValueError(f"basis_functions: expected 'exp-bernstein', got {basis!r}")
-    options: dict[str, Any] = {name: saved[name] for name in _SAME if name in saved}
+    options: dict[str, Any] = {name: saved[name] for name in _UNCHANGED.split() if name in saved}
     options |= {ours: saved[theirs] for theirs, ours in _RENAMED.items() if theirs in saved}
     # older files do not have these two keys and mean the older form
     options["use_irreps"] = saved.get("use_irreps", False)
@@ -78,14 +78,18 @@ def build(saved: dict[str, Any]) -> SpookyNet:
     state = dict(saved["state_dict"])
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
-        raise ValueError(f"modelPath: expected tensors in the checkpoint's state_dict, got another thing as {strange[0]!r}")
+        raise ValueError(
+            f"modelPath: expected tensors in the checkpoint's state_dict, got another thing as {strange[0]!r}"
+        )
     omega = state.get("module.0.nonlocal_interaction.attention.omega")
     if omega is not None:
         options["num_random_features"] = int(omega.shape[1])
     try:
         model = SpookyNet(SpookyNetConfig(**options))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"modelPath: the checkpoint's options are not those of a SpookyNet ({_first_line(error)})") from error
+        raise ValueError(
+            f"modelPath: the checkpoint's options are not those of a SpookyNet ({_first_line(error)})"
+        ) from error
     translated = translate(state, model.config)
     try:
         model.load_state_dict(translated, strict=True)
@@ -145,7 +149,9 @@ class _Source:
         """Refuse tensors that nothing used: the options say less than the checkpoint holds."""
         left = sorted(set(self.state) - self.taken)
         if left:
-            raise ValueError(f"modelPath: the checkpoint's options leave {len(left)} tensors unused, among them {left[0]!r}")
+            raise ValueError(
+                f"modelPath: the checkpoint's options leave {len(left)} tensors unused, among them {left[0]!r}"
+            )
 
 
 def _gather(source: _Source, names: list[str], single: bool) -> Tensor:

@@ -42,6 +42,10 @@ def switch_off(r: Tensor, on: float, off: float) -> Tensor:
 class ExponentialBernstein(nn.Module):
     """rho_v(r) = f(r) exp(-alpha r) C(n, v) (e^{-alpha r})^{n-v} (1 - e^{-alpha r})^v, v = 0..K-1, n = K-1 (eq. 14)."""
 
+    log_binomial: Tensor
+    power_far: Tensor
+    power_near: Tensor
+
     def __init__(self, num_functions: int, exp_weighting: bool) -> None:
         super().__init__()
         n = num_functions - 1
@@ -67,6 +71,9 @@ class AngularFunctions(nn.Module):
     d functions are real spherical harmonics [sqrt3 xy, sqrt3 xz, sqrt3 yz, (3z^2 - 1)/2, (sqrt3/2)(x^2 - y^2)], or with
     ``irreps=False`` the Cartesian products [xx, yy, zz, sqrt2 xy, sqrt2 xz, sqrt2 yz].
     """
+
+    products: Tensor
+    constant: Tensor
 
     def __init__(self, irreps: bool) -> None:
         super().__init__()
