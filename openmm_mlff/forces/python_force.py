@@ -193,9 +193,7 @@ class ForceComputation:
         if self._evaluator is None:
             structure = Structure(self._numbers, positions, self.spec.charge, self.spec.multiplicity, cell)
             model = self.model
-            self._evaluator = model.evaluator(
-                structure, outputs=("energy", "forces"), compile=self.spec.compile
-            )
+            self._evaluator = model.evaluator(structure, outputs=("energy", "forces"), compile=self.spec.compile)
         return self._evaluator
 
     def _n_threads(self) -> int:

@@ -32,7 +32,15 @@ def cluster(solvated: Box) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def system(cluster: tuple[np.ndarray, np.ndarray]) -> openmm.System:
     model = small_spookynet(seed=4).float()
-    return MLPotential("spookynet", model=model).createSystem(topology_of(cluster[0]), removeCMMotion=False)
+    system = MLPotential("spookynet", model=model).createSystem(topology_of(cluster[0]), removeCMMotion=False)
+    # a random network binds nothing: springs keep the atoms within about 0.3 angstrom
+    springs = openmm.CustomExternalForce("5e5*((x-x0)^2 + (y-y0)^2 + (z-z0)^2)")
+    for name in ("x0", "y0", "z0"):
+        springs.addPerParticleParameter(name)
+    for i, place in enumerate(cluster[1]):
+        springs.addParticle(i, place)
+    system.addForce(springs)
+    return system
 
 
 def langevin(system: openmm.System) -> openmm.Context:
