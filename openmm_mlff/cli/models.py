@@ -1,0 +1,132 @@
+"""``openmm-mlff models``: which models there are, whether their files are sound, and how to get them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openmm_mlff.potentials.family import PublishedModel
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command ``models``."""
+    parser = subparsers.add_parser(
+        "models",
+        help="list, verify and fetch models",
+        description="List the models that are shipped or known, with licence and domain; verify checksums; fetch "
+        "published models into the cache (OPENMM_MLFF_CACHE, else ~/.cache/openmm-mlff).",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    listing = actions.add_parser("list", help="table of all models (the default)")
+    verify = actions.add_parser("verify", help="check the files of all models, of one model, or of a file")
+    verify.add_argument("names", nargs="*", metavar="NAME|FILE", help="all that are here if not given")
+    fetch = actions.add_parser("fetch", help="download a published model into the cache")
+    fetch.add_argument("name", metavar="NAME")
+    fetch.add_argument("--url", help="another place that has the same file; the checksum must be right all the same")
+    parser.set_defaults(func=list_models)
+    listing.set_defaults(func=list_models)
+    verify.set_defaults(func=verify_models)
+    fetch.set_defaults(func=fetch_model)
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Print name, family, licence, domain and place of every model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from openmm_mlff.data import model_file
+    from openmm_mlff.potentials.family import families
+
+    table = Table(show_lines=True)
+    for heading in ("model", "licence", "domain", "where"):
+        table.add_column(heading, overflow="fold")
+    for family in families():
+        for model in family.bundled:
+            here = model.path.is_file()
+            licence = str(model_file.load_card(model.path).get("licence", "not stated")) if here else ""
+            size = f"shipped, {model.path.stat().st_size / 1e6:.1f} MB" if here else "missing from this installation"
+            table.add_row(model.name, licence, model.domain, size)
+        for known in family.published:
+            table.add_row(known.name, known.licence, known.domain, _place(known))
+    console = Console()
+    # a pipe has no width of its own, and 80 columns would break every word
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+    names = ", ".join(repr(f.name) for f in families())
+    console.print(f"a file of your own: MLPotential(FAMILY, modelPath=...) with FAMILY among {names}", highlight=False)
+    return 0
+
+
+def _place(known: PublishedModel) -> str:
+    from openmm_mlff.data import model_file
+
+    found = model_file.cached(known.sha256)
+    return f"in the cache ({found.name[:12]}...)" if found is not None else f"openmm-mlff models fetch {known.name}"
+
+
+def verify_models(args: argparse.Namespace) -> int:
+    """Check files against their checksums, and that they can be read; status 1 if one is not sound."""
+    from openmm_mlff.data import model_file
+    from openmm_mlff.potentials.family import families, load_potential
+
+    files: dict[str, tuple[Path | None, str | None, str | None]] = {}
+    for family in families():
+        for model in family.bundled:
+            files[model.name] = (model.path if model.path.is_file() else None, None, family.name)
+        for known in family.published:
+            files[known.name] = (model_file.cached(known.sha256), known.sha256, family.name)
+    chosen = list(args.names)
+    for name in chosen:
+        if name not in files:
+            if not Path(name).is_file():
+                raise ValueError(f"name: expected a file or a model among {', '.join(sorted(files))}, got {name!r}")
+            files[name] = (Path(name), None, None)
+    sound = True
+    for name in chosen or files:
+        path, sha256, family_name = files[name]
+        if path is None:
+            # a published model that nobody fetched is nothing wrong, unless it was asked for
+            verdict, good = "not here", name not in chosen and sha256 is not None
+        else:
+            try:
+                potential = load_potential(path, family_name, sha256)
+                what = f"{potential.family}, {len(potential.elements)} elements"
+                verdict, good = f"sound, {what}, sha256 {model_file.sha256_of(path)}", True
+            except ValueError as error:
+                verdict, good = f"NOT SOUND: {error}", False
+        sound &= good
+        print(f"{name}: {verdict}")
+    return 0 if sound else 1
+
+
+def fetch_model(args: argparse.Namespace) -> int:
+    """Download one published model; what was broken off goes on where it stopped."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from openmm_mlff._plugins import near
+    from openmm_mlff.data import downloads
+    from openmm_mlff.potentials.family import families
+
+    published = {m.name: m for f in families() for m in f.published}
+    if args.name not in published:
+        shipped = [m.name for f in families() for m in f.bundled]
+        if args.name in shipped:
+            print(f"{args.name} is shipped with this package; there is nothing to fetch")
+            return 0
+        raise ValueError(f"name: no published model is called {args.name!r}; {near(args.name, published)}")
+    model = published[args.name]
+    print(f"{model.name}: licence {model.licence}; please cite {model.citation}")
+    suffix = Path(model.url).suffix
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:
+        task = bar.add_task(model.name, total=None)
+        path = downloads.fetch(
+            args.url or model.url,
+            model.sha256,
+            suffix=suffix,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{path} (checksum verified); use it as MLPotential({model.name!r})")
+    return 0
