@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials.potential import Potential, Prediction
@@ -194,16 +195,16 @@ class SpookyNet(Potential):
 
     def predict(self, batch: Batch, fixed: dict[str, Any]) -> Prediction:
         geometry = self.geometry(batch)
-        e, q = (self.output(self.descriptor(batch, fixed["messages"], geometry)) + fixed["bias"]).unbind(-1)
+        f = self.descriptor(batch, fixed["messages"], geometry)
+        # energies are summed in float64: a float32 sum of hundreds of eV loses more than the network does
+        e, q = (linear(f.double(), self.output.weight.double()) + fixed["bias"]).unbind(-1)
+        q = q.to(f.dtype)
         surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
         charges = q + surplus[batch.segment]
-        # totals are summed in float64: a float32 sum of hundreds of eV loses more than the network does
-        terms = {"network": batch.sum_by_structure(e.double())}
+        terms = {"network": batch.sum_by_structure(e)}
         if self.repulsion is not None:
-            z = batch.numbers.to(e.dtype)
-            terms["repulsion"] = batch.sum_by_structure(
-                self.repulsion(z, geometry.r, geometry.f, geometry.index).double()
-            )
+            z = batch.numbers.double()
+            terms["repulsion"] = batch.sum_by_structure(self.repulsion(z, geometry.r, geometry.f, geometry.index))
         terms.update(self.long_range_terms(batch, fixed, charges))
         dipole = batch.sum_by_structure(charges[:, None] * batch.positions)
         return Prediction(torch.stack(list(terms.values())).sum(0), charges, dipole, terms=terms)
@@ -214,10 +215,11 @@ class SpookyNet(Potential):
         # padding is put beyond the cutoff, where every function is zero and has no gradient
         beyond = batch.positions.new_tensor([2.0 * self.cutoff, 0.0, 0.0])
         vectors = torch.where(mask[..., None], batch.neighbor_vectors(), beyond)  # (n_atoms, slots, 3)
-        r_squared = vectors.square().sum(-1)
+        # one number per pair costs nothing in float64, and rounding it would be amplified by the powers of exp(-alpha r)
+        r_squared = vectors.double().square().sum(-1)
         r = r_squared.sqrt()
         f = cutoff_function(r_squared, self.cutoff)
-        p, d = self.angular(vectors / r[..., None])
+        p, d = self.angular(vectors / r[..., None].to(vectors.dtype))
         return Geometry(batch.neighbors.index, r, f, self.radial_basis(r, f), p, d)
 
     def descriptor(self, batch: Batch, messages: Messages, geometry: Geometry) -> Tensor:

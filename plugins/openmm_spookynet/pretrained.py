@@ -90,11 +90,15 @@ def build(saved: dict[str, Any]) -> SpookyNet:
         raise ValueError(
             f"modelPath: the checkpoint's options are not those of a SpookyNet ({_first_line(error)})"
         ) from error
-    translated = translate(state, model.config)
     try:
+        translated = translate(state, model.config)
+        # a file in double precision is not rounded
+        model.to(translated["output.weight"].dtype)
         model.load_state_dict(translated, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"modelPath: the checkpoint does not fit SpookyNet ({_first_line(error)})") from error
+        raise ValueError(
+            f"modelPath: the checkpoint does not fit SpookyNet ({' '.join(str(error).split())[:500]})"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -111,9 +115,6 @@ def translate(state: dict[str, Tensor], c: SpookyNetConfig) -> dict[str, Tensor]
         _electronic(out, source, ours, theirs, c)
     out["radial_basis.alpha_raw"] = source.take("radial_basis_functions._alpha")
     out["radial_basis.log_binomial"] = source.take("radial_basis_functions.logc")
-    # the published buffers n = K-1..0 and v = 0..K-1 multiply -alpha r and log(1 - exp(-alpha r))
-    out["radial_basis.power_near"] = source.take("radial_basis_functions.n")
-    out["radial_basis.power_far"] = source.take("radial_basis_functions.v")
     for t in range(c.num_modules):
         _module(out, source, t, c)
     if c.use_zbl_repulsion:
@@ -136,14 +137,22 @@ class _Source:
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
-        # the published program recomputes these two from the options and from the other D4 tables
-        self.taken = {"keep_prob", "d4_dispersion_energy.alpha"}
+        # what follows from the options or from other tables
+        self.taken = {
+            "keep_prob",
+            "d4_dispersion_energy.alpha",
+            "radial_basis_functions.n",
+            "radial_basis_functions.v",
+        }
 
     def take(self, name: str) -> Tensor:
         if name not in self.state:
             raise ValueError(f"modelPath: the checkpoint lacks the tensor {name!r}")
         self.taken.add(name)
-        return self.state[name]
+        tensor = self.state[name]
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"modelPath: the checkpoint's tensor {name!r} holds NaN or infinity")
+        return tensor
 
     def finish(self) -> None:
         """Refuse tensors that nothing used: the options say less than the checkpoint holds."""

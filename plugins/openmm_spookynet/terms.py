@@ -40,29 +40,43 @@ def switch_off(r: Tensor, on: float, off: float) -> Tensor:
 
 
 class ExponentialBernstein(nn.Module):
-    """rho_v(r) = f(r) exp(-alpha r) C(n, v) (e^{-alpha r})^{n-v} (1 - e^{-alpha r})^v, v = 0..K-1, n = K-1 (eq. 14)."""
+    """rho_v(r) = f(r) [exp(-alpha r)] C(n, v) x^(n-v) (1-x)^v, x = exp(-alpha r), v = 0..K-1, n = K-1 (eq. 14).
+
+    The factor in brackets is there with `exp_weighting`.
+    """
 
     log_binomial: Tensor
-    power_far: Tensor
-    power_near: Tensor
 
     def __init__(self, num_functions: int, exp_weighting: bool) -> None:
         super().__init__()
         n = num_functions - 1
         log_binomial = [math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1) for v in range(num_functions)]
-        v = torch.arange(num_functions, dtype=torch.float64)
-        self.weighting = 1.0 if exp_weighting else 0.0
+        self.exp_weighting = exp_weighting
+        # published checkpoints carry these coefficients rounded to float32: they are part of the trained function
         self.register_buffer("log_binomial", torch.tensor(log_binomial, dtype=torch.float64))
-        self.register_buffer("power_far", v)
-        self.register_buffer("power_near", n - v)
         self.alpha_raw = nn.Parameter(torch.tensor(inverse_softplus(0.5 / 0.5291772105638411)))
 
     def forward(self, r: Tensor, f: Tensor) -> Tensor:
-        """``(...)`` distances and cutoff values -> ``(..., K)``."""
-        x = -softplus(self.alpha_raw) * r
-        logs = torch.stack([x, torch.log(-torch.expm1(x))], -1)  # (..., 2)
-        powers = torch.stack([self.power_near + self.weighting, self.power_far])  # (2, K)
-        return torch.exp(self.log_binomial + logs @ powers) * f[..., None]
+        """``(...)`` float64 distances and cutoff values -> ``(..., K)`` in the module's precision."""
+        dtype = self.alpha_raw.dtype
+        exponent = -softplus(self.alpha_raw.double()) * r
+        x = torch.exp(exponent)
+        weight = (f * x if self.exp_weighting else f).to(dtype)
+        near, far = powers(torch.stack([x, -torch.expm1(exponent)]).to(dtype), len(self.log_binomial))  # (..., K)
+        return torch.exp(self.log_binomial) * near.flip(-1) * far * weight[..., None]
+
+
+def powers(x: Tensor, n: int) -> Tensor:
+    """1, x, x^2, ..., x^(n-1) in a new last dimension.
+
+    By doubling: fewer roundings than exp(k log x), and derivatives of all orders at x = 0.
+    """
+    x = x[..., None]
+    table = torch.ones_like(x)
+    while table.shape[-1] < n:
+        table = torch.cat([table, table * x], -1)
+        x = x * x
+    return table[..., :n]
 
 
 class AngularFunctions(nn.Module):
@@ -119,11 +133,13 @@ class NuclearRepulsion(nn.Module):
         self.exponents_raw = nn.Parameter(torch.tensor([inverse_softplus(a) for a in (3.2, 0.9423, 0.4028, 0.2016)]))
 
     def forward(self, z: Tensor, r: Tensor, f: Tensor, index: Tensor) -> Tensor:
-        """Charges ``(n_atoms,)``, distances and cutoff values ``(n_atoms, n_slots)`` -> ``(n_atoms,)`` eV."""
-        scaled = z ** softplus(self.power_raw) * softplus(self.divisor_raw)
+        """Charges ``(n_atoms,)``, distances and cutoff values ``(n_atoms, n_slots)``, all float64 -> ``(n_atoms,)`` eV."""
+        power, divisor, c, a = (
+            softplus(raw.double()) for raw in (self.power_raw, self.divisor_raw, self.weights_raw, self.exponents_raw)
+        )
+        scaled = z**power * divisor
         x = (scaled[:, None] + scaled[index]) * r
-        c = softplus(self.weights_raw)
-        screening = torch.exp(x[..., None] * -softplus(self.exponents_raw)) @ (c / c.sum())
+        screening = torch.exp(x[..., None] * -a) @ (c / c.sum())
         return 0.5 * COULOMB * z * (z[index] / r * f * screening).sum(-1)
 
 
