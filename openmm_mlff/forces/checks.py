@@ -15,7 +15,7 @@ class InstabilityError(RuntimeError):
     """A run that went wrong: NaN or infinite or exploding values, or two atoms at one place.
 
     Attributes:
-        atom: where, as an index among the atoms of the force.
+        atom: where; the index in the system when it comes out of a `ForceComputation`.
     """
 
     def __init__(self, message: str, atom: int) -> None:

@@ -141,6 +141,8 @@ class ForceComputation:
             except BaseException as error:
                 # OpenMM keeps only the text of an exception, so the text has to hold everything
                 text = traceback.format_exc()
+                if isinstance(error, checks.InstabilityError) and self.spec.atoms is not None:
+                    error.atom = self.spec.atoms[error.atom]
                 self.error = _without_frames(error, text)
             raise _explained(self.error, text)
 
@@ -154,6 +156,11 @@ class ForceComputation:
         """The potential, shared by all computations of this process that ask for the same one."""
         s = self.spec
         return load_model(s.sha256, s.family, s.path, s.precision, s.device, s.long_range_cutoff)
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether a compiled graph runs; None before the first call."""
+        return None if self._evaluator is None else self._evaluator.compiled
 
     def _evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
         positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM

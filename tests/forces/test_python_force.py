@@ -56,7 +56,9 @@ def through_openmm(
         **options,
     )
     context = context_of(system, (s["positions"] + offset) / 10, platform)
-    return energy_of(context) / KJ_PER_MOL_PER_EV, forces_of(context) / KJ_PER_MOL_NM_PER_EV_ANGSTROM
+    state = context.getState(energy=True, forces=True)
+    forces = np.array(state.getForces(asNumpy=True)._value) / KJ_PER_MOL_NM_PER_EV_ANGSTROM
+    return state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV, forces
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +217,10 @@ def test_atoms_are_named_by_their_index_in_the_system(small: MLPotential) -> Non
         system.addParticle(1.0)
     mixed = small.createMixedSystem(topology, system, [1, 3, 4])
     positions = np.array([[5.0, 0, 0], WATER_POSITIONS[0], [6.0, 0, 0], WATER_POSITIONS[1], WATER_POSITIONS[1]])
-    text, _ = error_of(mixed, positions)
+    text, error = error_of(mixed, positions)
     assert "atom 3 (H) and atom 4 (H)" in text
+    assert isinstance(error, checks.InstabilityError)
+    assert error.atom == 3
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
