@@ -215,7 +215,7 @@ class SpookyNet(Potential):
         # padding is put beyond the cutoff, where every function is zero and has no gradient
         beyond = batch.positions.new_tensor([2.0 * self.cutoff, 0.0, 0.0])
         vectors = torch.where(mask[..., None], batch.neighbor_vectors(), beyond)  # (n_atoms, slots, 3)
-        # one number per pair costs nothing in float64, and rounding it would be amplified by the powers of exp(-alpha r)
+        # distances in float64: their rounding would be amplified by the powers of exp(-alpha r), and they cost little
         r_squared = vectors.double().square().sum(-1)
         r = r_squared.sqrt()
         f = cutoff_function(r_squared, self.cutoff)
