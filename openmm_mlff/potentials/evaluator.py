@@ -87,7 +87,7 @@ class Evaluator:
         self, positions: Tensor | np.ndarray, cell: Tensor | np.ndarray | None, potential: Tensor | np.ndarray | None
     ) -> Batch:
         """The batch at new positions, with valid pair lists, in the model's precision."""
-        device, dtype = self.model.device, self.model.dtype
+        device, dtype = self._batch.positions.device, self._batch.positions.dtype
         exact = torch.as_tensor(positions, dtype=torch.float64, device=device)
         if exact.shape != (self._batch.n_atoms, 3):
             raise ValueError(f"positions: expected shape {(self._batch.n_atoms, 3)}, got {tuple(exact.shape)}")
