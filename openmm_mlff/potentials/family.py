@@ -135,7 +135,9 @@ def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potenti
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"modelPath: the tensors do not fit the card ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"modelPath: the tensors do not fit the card ({' '.join(str(error).split())[:500]})"
+        ) from error
     return model.eval().requires_grad_(False)
 
 

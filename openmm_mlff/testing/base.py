@@ -30,8 +30,10 @@ class ContractBase:
         energy_atol, force_atol: eV per atom and eV/angstrom, for what should agree to rounding in float64.
         gradient_atol: eV/angstrom, forces against finite differences of the energy (float64).
         float32_energy_atol, float32_force_atol: eV per atom (beside 2e-6 eV) and eV/angstrom, against float64.
-        supercell_force_atol: eV/angstrom; looser where a model takes a maximum over atoms, whose derivative goes to one
-            of several equal copies.
+        extensive_atol: eV per atom and eV/angstrom, for supercells; looser where a small constant keeps a division by a
+            sum over atoms finite.
+        copies_force_atol: eV/angstrom, by how much copies in a supercell may differ (their mean may not): where a model
+            takes a maximum over atoms, one of several equal copies carries its derivative.
         max_curvature: eV/angstrom^2, bound of the second derivative of a dimer's energy at the cutoffs.
         periodic_long_range_cutoff: angstrom, given to models that have long-range terms without a cutoff.
     """
@@ -47,7 +49,8 @@ class ContractBase:
     gradient_atol: ClassVar[float] = 1e-6
     float32_energy_atol: ClassVar[float] = 1e-6
     float32_force_atol: ClassVar[float] = 1e-4
-    supercell_force_atol: ClassVar[float] = 1e-6
+    extensive_atol: ClassVar[float] = 1e-8
+    copies_force_atol: ClassVar[float] = 1e-6
     max_curvature: ClassVar[float] = 50.0
     periodic_long_range_cutoff: ClassVar[float] = 6.0
 

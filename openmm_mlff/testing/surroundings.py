@@ -116,11 +116,13 @@ class Surroundings(ContractBase):
             for repeat in ((2, 1, 1), (1, 2, 2)):
                 n = int(np.prod(repeat))
                 large = self.run(model, supercell(structure, repeat))
-                # weights of shared features are normalised with a small constant, which a supercell halves
-                close(f"energy of a {repeat} supercell", large.energy, n * reference.energy, 1e-7 * n * len(structure))
                 close(
-                    f"forces in a {repeat} supercell",
-                    forces_of(large),
-                    forces_of(reference).repeat(n, 1),
-                    self.supercell_force_atol,
+                    f"energy of a {repeat} supercell",
+                    large.energy,
+                    n * reference.energy,
+                    self.extensive_atol * n * len(structure),
                 )
+                copies = forces_of(large).reshape(n, len(structure), 3)
+                mean = copies.mean(0)
+                close(f"mean forces in a {repeat} supercell", mean, forces_of(reference), self.extensive_atol)
+                close(f"forces in a {repeat} supercell", copies, mean.expand_as(copies), self.copies_force_atol)

@@ -1,0 +1,84 @@
+"""Make the model file of a family for the present format, once, before it is released: ``python make.py <family>``.
+
+Writes ``<family>-v<format version>.safetensors`` (random weights of a recorded seed) and beside it a JSON file with the
+energies and forces of two structures in float64. Files that were released are never made anew: a model that no longer
+loads, or gives another energy, is a defect of the package and not of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from openmm_mlff.data.model_file import FORMAT_VERSION, sha256_of
+from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.family import find_family, save_potential
+from openmm_mlff.potentials.potential import Potential
+
+SEED = 20261121
+OPTIONS = {"spookynet": {"num_features": 8, "num_modules": 1, "elements": (1, 6, 7, 8)}}
+STRUCTURES = [
+    Structure(
+        np.array([6, 8, 1, 1, 1, 1]),
+        np.array(
+            [
+                [-0.046, 0.661, 0.021],
+                [-0.053, -0.758, -0.017],
+                [-1.086, 0.981, 0.064],
+                [0.877, -1.064, 0.033],
+                [0.431, 1.083, 0.902],
+                [0.458, 1.065, -0.871],
+            ]
+        ),
+    ),
+    Structure(
+        np.array([7, 1, 1, 1, 1]),
+        np.array([[0.0, 0.02, 0.0], [0.6, 0.6, 0.58], [-0.6, -0.57, 0.6], [-0.61, 0.6, -0.6], [0.6, -0.6, -0.61]]),
+        charge=1,
+    ),
+]
+
+
+def make(family: str) -> Potential:
+    """The family's smallest model with every parameter random."""
+    torch.manual_seed(SEED)
+    found = find_family(family)
+    model = found.model(found.config(**OPTIONS[family])).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "raw" not in name:
+                parameter += 0.3 * torch.randn_like(parameter) / max(1.0, math.sqrt(parameter.shape[-1]))
+    return model.eval()
+
+
+def main(family: str) -> None:
+    path = Path(__file__).with_name(f"{family}-v{FORMAT_VERSION}.safetensors")
+    if path.exists():
+        raise SystemExit(f"{path.name} exists; released files stay as they are")
+    model = make(family)
+    save_potential(model, path, name=f"continuity-{family}", description=f"random weights, seed {SEED}", licence="MIT")
+    results = []
+    for s in STRUCTURES:
+        energy, forces = model.energy_and_forces(s)
+        results.append(
+            {
+                "numbers": s.numbers.tolist(),
+                "positions": s.positions.tolist(),
+                "charge": s.charge,
+                "multiplicity": s.multiplicity,
+                "energy": energy,
+                "forces": forces.tolist(),
+            }
+        )
+    path.with_suffix(".json").write_text(
+        json.dumps({"sha256": sha256_of(path), "seed": SEED, "structures": results}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
