@@ -103,6 +103,8 @@ def probes(model: Potential) -> list[Structure]:
         if charge and not model.supports_charge:
             continue
         found.append(Structure(numbers, positions, charge=charge))
+        if model.supports_charge:
+            found.append(Structure(numbers, positions, charge=charge - 2))
         if model.supports_multiplicity:
             found.append(Structure(numbers, positions, charge=charge, multiplicity=3))
     return found

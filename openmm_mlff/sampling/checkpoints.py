@@ -38,6 +38,7 @@ class Checkpoint:
         state: XML of an OpenMM State with positions, velocities and parameters.
         scheduled: False for one that was written because the run was stopped: going on from it is correct, but not
             bit for bit the run that was never stopped.
+        compiled: whether the machine-learned forces ran as compiled graphs; None if there are none.
         pair_lists: of the machine-learned forces, as `forces.running.pair_list_state` gives them.
     """
 
@@ -45,6 +46,7 @@ class Checkpoint:
     step: int
     state: str
     scheduled: bool = True
+    compiled: bool | None = None
     pair_lists: Sequence[dict[str, np.ndarray]] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
@@ -54,6 +56,7 @@ class Checkpoint:
             "phase": self.phase,
             "step": self.step,
             "scheduled": self.scheduled,
+            "compiled": self.compiled,
             # JSON keeps all digits of a double
             "pair_lists": [{k: np.asarray(v).tolist() for k, v in lists.items()} for lists in self.pair_lists],
         }
@@ -74,7 +77,7 @@ class Checkpoint:
                 meta = json.loads(archive.read("meta.json"))
                 state = archive.read("state.xml").decode()
             lists = [{k: np.array(v) for k, v in entry.items()} for entry in meta["pair_lists"]]
-            found = cls(meta["phase"], int(meta["step"]), state, bool(meta["scheduled"]), lists)
+            found = cls(meta["phase"], int(meta["step"]), state, bool(meta["scheduled"]), meta["compiled"], lists)
         except (zipfile.BadZipFile, KeyError, ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"resume: {path} is damaged or no checkpoint ({error})") from error
         if meta["format"] > FORMAT:

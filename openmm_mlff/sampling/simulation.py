@@ -371,7 +371,14 @@ class Simulation:
             raise self._failed(phase, step, "positions are not numbers")
         regular = step % self.settings.checkpoint_interval == 0
         lists = running.pair_list_state(self._system)
-        self._checkpoint = Checkpoint(phase, step, _state_xml(context), regular, lists)
+        compiled = next((c.compiled for c in running.computations(self._system)), None)
+        before = self._checkpoint.compiled
+        if before is not None and compiled is not None and before != compiled:
+            words = {True: "compiled", False: "op by op"}
+            self._say(
+                f"the model ran {words[before]} before and runs {words[compiled]} now: not bit for bit the same run"
+            )
+        self._checkpoint = Checkpoint(phase, step, _state_xml(context), regular, compiled, lists)
         self._checkpoint.save(self.output / checkpoints.NAME)
 
     def _finish(self, context: openmm.Context) -> None:

@@ -29,9 +29,9 @@ def state_xml(context: openmm.Context) -> str:
 
 def test_every_bit_comes_back(context: openmm.Context, tmp_path: Path) -> None:
     lists = [{"positions": np.random.default_rng(1).normal(size=(3, 3)) / 3, "cell": np.eye(3) / 3}, {}]
-    Checkpoint("production", 70, state_xml(context), False, lists).save(tmp_path / "c.zip")
+    Checkpoint("production", 70, state_xml(context), False, True, lists).save(tmp_path / "c.zip")
     read = Checkpoint.load(tmp_path / "c.zip")
-    assert (read.phase, read.step, read.scheduled) == ("production", 70, False)
+    assert (read.phase, read.step, read.scheduled, read.compiled) == ("production", 70, False, True)
     for name in ("positions", "cell"):
         np.testing.assert_array_equal(read.pair_lists[0][name], lists[0][name])
     assert read.pair_lists[1] == {}
