@@ -136,7 +136,7 @@ class Payload:
 
 def test_malicious_file(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
-    data = pickle.dumps(Payload(marker))
+    data = pickle.dumps(Payload(marker), protocol=2)
     pickle.loads(data)
     assert marker.exists()
     marker.unlink()

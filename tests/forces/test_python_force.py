@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,21 @@ def test_ctrl_c_can_be_told_from_other_errors(small: MLPotential, monkeypatch: p
     assert running.interrupted(caught.value)
     assert isinstance(running.last_error(system), KeyboardInterrupt)
     assert not running.interrupted(openmm.OpenMMException("Particle coordinate is NaN"))
+
+
+def test_ctrl_c_at_any_moment(small: MLPotential) -> None:
+    system = small.createSystem(topology_of(WATER))
+    context = context_of(system, WATER_POSITIONS, step=1e-7)
+    energy = energy_of(context)
+    for delay in (0.05, 0.08, 0.11):
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises((openmm.OpenMMException, KeyboardInterrupt)) as caught:
+            context.getIntegrator().step(1_000_000)
+        assert running.interrupted(caught.value)
+    # the run can go on
+    context.getIntegrator().step(1)
+    assert energy_of(context) == pytest.approx(energy, rel=1e-2)
 
 
 def test_changed_topology_is_noticed(small: MLPotential) -> None:
