@@ -1,0 +1,58 @@
+"""The examples run as they stand, with small settings, each in an interpreter of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mdtraj
+import pytest
+
+from openmm_mlff.potentials.family import find_family
+
+
+def run(repository: Path, name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(repository / "examples" / name), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=os.environ | environment, check=False,
+    )  # fmt: skip
+
+
+def test_first_simulation(repository: Path, shared: Path, tmp_path: Path) -> None:
+    shipped = find_family("spookynet").bundled[0]
+    model = shipped.name if shipped.path.is_file() else shared / "models" / "spookynet_parameters.pth"
+    trajectory = tmp_path / "t.dcd"
+    done = run(repository, "01_first_simulation.py", "--model", model, "--steps", 40, "--output", trajectory)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
+    assert [int(row[0]) for row in rows] == list(range(4, 44, 4))
+    temperatures = [float(row[2]) for row in rows]
+    # half of what the minimised molecule starts with goes into its bonds
+    assert all(80 < t < 450 for t in temperatures)
+    pdb = repository / "examples" / "recipes" / "capped_alanine.pdb"
+    assert len(mdtraj.load(str(trajectory), top=str(pdb))) == 20
+
+
+def test_charge_and_spin(repository: Path, shared: Path) -> None:
+    path = shared / "models" / "spookynet_parameters.pth"
+    done = run(repository, "02_charge_and_spin.py", "--model", path)
+    assert done.returncode == 0, done.stderr
+    gaps = {m[1]: float(m[2]) for m in re.finditer(r"^  (CH2|O2) +([+-][\d.]+) eV", done.stdout, re.MULTILINE)}
+    # vertical gaps of the published program at other geometries: 0.99 and 0.97 eV, singlet below triplet
+    assert gaps["CH2"] == pytest.approx(0.99, abs=0.15) and gaps["O2"] == pytest.approx(0.97, abs=0.15)
+    assert "2S+1 must be one of 1, 3, 5" in done.stdout
+    charges = [float(x) for x in re.findall(r"of all ([+-][\d.]+) e", done.stdout)]
+    assert charges == [0.0, -1.0]
+    reaction = re.search(r"^  ([+-][\d.]+) eV \(experiment", done.stdout, re.MULTILINE)
+    assert reaction is not None and float(reaction[1]) < 0
+
+
+def test_a_missing_model_is_explained(repository: Path, tmp_path: Path) -> None:
+    nowhere = str(tmp_path)
+    done = run(repository, "02_charge_and_spin.py", OPENMM_MLFF_CACHE=nowhere, OPENMM_MLFF_SHARED=nowhere)
+    assert done.returncode == 1 and "openmm-mlff models fetch spookynet-published" in done.stderr
+    done = run(repository, "02_charge_and_spin.py", "--model", tmp_path / "none.pth")
+    assert done.returncode == 1 and "There is no file at" in done.stderr
