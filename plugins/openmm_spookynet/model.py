@@ -27,7 +27,7 @@ from openmm_spookynet.layers import (
     ResidualMLP,
     ResidualStack,
 )
-from openmm_spookynet.pair_sums import PairSums
+from openmm_spookynet.pair_sums import fused_pair_sums
 from openmm_spookynet.terms import (
     AngularFunctions,
     Electrostatics,
@@ -110,7 +110,7 @@ class InteractionModule(nn.Module):
     def local_features(self, m: Messages, g: Geometry, fused: bool = False) -> Tensor:
         """s + <P, P> + <D, D>: rotationally invariant products of s-, p- and d-type sums over neighbours (eqs. 3-5)."""
         if fused:
-            s, p, d = PairSums.apply(g.rbf, g.p, g.d, m.spd, self.radial.weight, g.index)
+            s, p, d = fused_pair_sums(g.rbf, g.f, g.p, g.d, m.spd, self.radial.weight, g.index)
         else:
             received = self.radial(g.rbf) * m.spd[g.index]  # (n_atoms, slots, 3F)
             s, p, d = received.chunk(3, -1)

@@ -133,7 +133,7 @@ class NuclearRepulsion(nn.Module):
         self.exponents_raw = nn.Parameter(torch.tensor([inverse_softplus(a) for a in (3.2, 0.9423, 0.4028, 0.2016)]))
 
     def forward(self, z: Tensor, r: Tensor, f: Tensor, index: Tensor) -> Tensor:
-        """Charges ``(n_atoms,)``, distances and cutoff values ``(n_atoms, slots)``, all float64 -> ``(n_atoms,)`` eV."""
+        """Nuclear charges ``(n_atoms,)``, r and f(r) ``(n_atoms, slots)``, all float64 -> ``(n_atoms,)`` eV."""
         power, divisor, c, a = (
             softplus(raw.double()) for raw in (self.power_raw, self.divisor_raw, self.weights_raw, self.exponents_raw)
         )

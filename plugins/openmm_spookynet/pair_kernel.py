@@ -1,0 +1,131 @@
+"""The neighbour sums of `pair_sums` as a small C++ kernel, compiled once per model size and kept on disk.
+
+For molecules whose neighbour table is mostly padding the kernel does a fraction of the work: it skips padding and pairs
+beyond the cutoff, and writes nothing per pair but derivatives. It is registered with torch as operators, so that a
+compiled graph calls it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_mlff.data.model_file import cache_dir
+
+SOURCE = Path(__file__).with_name("pair_kernel.cpp")
+# -fno-math-errno and the like change no result; sums may be reordered, as in any other product of matrices
+FLAGS = (
+    *("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+    *("-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC"),
+)
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+@functools.cache
+def library(features: int, radial: int, angular_d: int, dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernel for one model size and precision; raises `RuntimeError` if it cannot be compiled."""
+    real = {torch.float32: "float", torch.float64: "double"}[dtype]
+    found = compiler()
+    if found is None:
+        raise RuntimeError("compile: no C++ compiler found (g++ or clang++)")
+    sizes = (f"-DFEATURES={features}", f"-DRADIAL={radial}", f"-DANGULAR_D={angular_d}", f"-DREAL={real}")
+    # -march=native: what the compiler makes of it belongs to the key
+    native = subprocess.run([found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
+    about = SOURCE.read_bytes() + native + " ".join([found, *FLAGS, *sizes]).encode()
+    folder = cache_dir().parent / "compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(about).hexdigest()}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+            target = os.path.join(temporary, "kernel.so")
+            run = subprocess.run([found, *FLAGS, *sizes, str(SOURCE), "-o", target], capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"compile: {found} failed: {run.stderr.strip()}")
+            os.replace(target, path)
+    return ctypes.CDLL(str(path))
+
+
+def _call(name: str, rbf: Tensor, y2: Tensor, spd: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    kernel = library(spd.shape[1] // 3, rbf.shape[2], y2.shape[1], rbf.dtype)
+    inputs = [x.contiguous() for x in inputs]  # kept alive until the call returns
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in [*inputs, *outputs]]
+    getattr(kernel, name)(ctypes.c_int64(rbf.shape[0]), ctypes.c_int64(rbf.shape[1]), *pointers)
+
+
+@torch.library.custom_op("openmm_spookynet::pair_sums_forward", mutates_args=(), device_types="cpu")
+def forward_op(
+    rbf: Tensor, f: Tensor, y1: Tensor, y2: Tensor, spd: Tensor, weight: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S ``(n_atoms, F)``, P ``(n_atoms, 3, F)``, D ``(n_atoms, 5, F)``; arguments as in `pair_sums.PairSums`."""
+    s, p, d = _empty_sums(y2, spd)
+    _call("pair_sums_forward", rbf, y2, spd, [rbf, f, y1, y2, spd, weight, index], [s, p, d])
+    return s, p, d
+
+
+@torch.library.custom_op("openmm_spookynet::pair_sums_backward", mutates_args=(), device_types="cpu")
+def backward_op(
+    rbf: Tensor,
+    f: Tensor,
+    y1: Tensor,
+    y2: Tensor,
+    spd: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    gs: Tensor,
+    gp: Tensor,
+    gd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives with respect to rbf, y1, y2 and spd."""
+    d_rbf, d_y1, d_y2, d_spd = (torch.zeros(x.shape, dtype=x.dtype) for x in (rbf, y1, y2, spd))
+    inputs = [rbf, f, y1, y2, spd, weight, index, gs, gp, gd]
+    _call("pair_sums_backward", rbf, y2, spd, inputs, [d_rbf, d_y1, d_y2, d_spd])
+    return d_rbf, d_y1, d_y2, d_spd
+
+
+@forward_op.register_fake
+def _(rbf: Tensor, f: Tensor, y1: Tensor, y2: Tensor, spd: Tensor, weight: Tensor, index: Tensor) -> Any:
+    return _empty_sums(y2, spd)
+
+
+@backward_op.register_fake
+def _(
+    rbf: Tensor, f: Tensor, y1: Tensor, y2: Tensor, spd: Tensor, weight: Tensor, index: Tensor, *gradients: Tensor
+) -> Any:
+    return tuple(x.new_empty(x.shape) for x in (rbf, y1, y2, spd))
+
+
+def _empty_sums(y2: Tensor, spd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    atoms, features = spd.shape[0], spd.shape[1] // 3
+    return (
+        spd.new_empty(atoms, features),
+        spd.new_empty(atoms, 3, features),
+        spd.new_empty(atoms, y2.shape[1], features),
+    )
+
+
+class PairSumsKernel(torch.autograd.Function):
+    """`pair_sums.PairSums` with the kernel: ``apply(rbf, f, p, d, spd, weight, index) -> S, P, D``; f is constant."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Any:
+        ctx.save_for_backward(*inputs)
+        return forward_op(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        d_rbf, d_y1, d_y2, d_spd = backward_op(*ctx.saved_tensors, *gradients)
+        return d_rbf, None, d_y1, d_y2, d_spd, None, None
