@@ -1,0 +1,58 @@
+"""What the commands train and evaluate share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
+
+
+def overrides(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options among `names` that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def show_table(report: Mapping[str, Any], title: str, keys: tuple[str, ...] = (), limit: int = 40) -> None:
+    """Print a report (see `training.evaluation.write_report`) with rich: all structures, then tables by `keys`.
+
+    Args:
+        keys: ways to take structures together; those that the report does not have are left out.
+        limit: rows that are shown of each.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    row = report["tables"]["all"][0]
+    table = Table(title=f"{title}: {row['structures']} structures in {row['groups']} groups")
+    table.add_column("")
+    for column in ("MAE", "RMSE", "largest", "unit"):
+        table.add_column(column, justify="left" if column == "unit" else "right")
+    for quantity, unit in report["units"].items():
+        if f"{quantity}_mae" in row:
+            cells = [_number(row, f"{quantity}_mae"), _number(row, f"{quantity}_rmse"), f"{row[f'{quantity}_max']:.3g}"]
+            table.add_row(quantity, *cells, unit)
+    console.print(table)
+    for key in (k for k in keys if k in report["tables"]):
+        table = Table(title=f"{title}: MAE by {key}")
+        table.add_column(key)
+        for column in ("n", *(f"{quantity} ({unit})" for quantity, unit in report["units"].items())):
+            table.add_column(column, justify="right")
+        rows = report["tables"][key]
+        for row in rows[:limit]:
+            table.add_row(row["name"], str(row["structures"]), *(_number(row, f"{q}_mae") for q in report["units"]))
+        if len(rows) > limit:
+            table.caption = f"{len(rows) - limit} more rows are in the JSON file"
+        console.print(table)
+
+
+def _number(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return "-"
+    error = row.get(f"{name}_error")
+    return f"{row[name]:.3g}" if error is None else f"{row[name]:.3g} ± {error:.1g}"

@@ -1,0 +1,79 @@
+"""``openmm-mlff train``: labelled structures -> a model file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from openmm_mlff.cli._training_options import add_device, overrides, show_table
+
+DESCRIPTION = """\
+Train a potential by matching energies, forces, dipoles and charges, with everything that decides the result in one
+recipe (--config; the options below override it). The output folder holds the configuration, a checkpoint, the history
+with its picture, the model file and its errors on the test trajectories. Ctrl-C stops cleanly; --resume goes on, also
+after a crash, with the same numbers as if nothing had happened."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser("train", help="labelled structures -> a trained model file", description=DESCRIPTION)
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="dataset folders or structure files")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the run is written")
+    parser.add_argument("--family", help="model family (default: the recipe's, else spookynet)")
+    parser.add_argument("--config", metavar="FILE", help="recipe: .toml, .json or .yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own recipe")
+    parser.add_argument("--init", metavar="MODEL", help="model file to start from (fine-tuning)")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all")
+    parser.add_argument("--batch-size", type=int, help="structures per step")
+    parser.add_argument("--learning-rate", type=float, help="at the start")
+    parser.add_argument("--seed", type=int, help="of initial parameters, data order and splits")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="use a compiled graph")
+    parser.add_argument("--name", help="name of the model, for its card")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_device(parser)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 0 when the training is complete, 130 when it was stopped before."""
+    import json
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from openmm_mlff.training.recipe import Recipe
+    from openmm_mlff.training.run import CONFIG, MODEL, train
+
+    console = Console(stderr=True)
+    given = overrides(args, "family", "seed", "batch_size", "threads", "compile")
+    loop = overrides(args, "steps", "learning_rate")
+    recipe: Recipe | None = None
+    if args.resume and (Path(args.output) / CONFIG).exists():
+        if args.config is not None or given or loop or args.init is not None or args.name is not None:
+            raise ValueError("--resume: the run has its own recipe; leave out --config, --init and what overrides them")
+    else:
+        content: dict[str, Any] = Recipe.read(args.config).to_dict() if args.config else Recipe().to_dict()
+        content |= given
+        content["loop"] = content["loop"] | loop | ({"seed": args.seed} if args.seed is not None else {})
+        recipe = Recipe.from_dict(content)
+    card = {"name": args.name} if args.name else {}
+    state = train(
+        recipe, args.data, args.output, args.resume, args.init, args.device, progress=not args.quiet, card=card
+    )
+    recipe = Recipe.from_dict(json.loads((Path(args.output) / CONFIG).read_text())["recipe"])
+    if state.step < recipe.loop.steps and not _stopped_early(state, recipe):
+        console.print(f"stopped after step {state.step} of {recipe.loop.steps}; --resume goes on")
+        return 130
+    model = Path(args.output) / MODEL
+    for split in ("test", "valid"):
+        report = Path(args.output) / f"{split}_errors.json"
+        if report.exists():
+            show_table(json.loads(report.read_text()), f"{split} split")
+            break
+    console.print(f"best step {state.best['step']}; model written to {model}")
+    return 0
+
+
+def _stopped_early(state: Any, recipe: Any) -> bool:
+    return recipe.loop.patience is not None and state.since_best > recipe.loop.patience

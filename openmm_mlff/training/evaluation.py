@@ -1,0 +1,100 @@
+"""model, labelled structures -> a `Comparison`, its tables and its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openmm_mlff.analysis.errors import QUANTITIES, Comparison, error_tables
+from openmm_mlff.analysis.plots import plot_parity
+from openmm_mlff.data.model_file import cached, write_atomically
+from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.family import find_family
+from openmm_mlff.potentials.potential import Potential
+from openmm_mlff.training.batching import LabelledSet, label_rows
+from openmm_mlff.training.force_matching import evaluate_batch
+
+#: atoms in a batch of evaluation
+BATCH_ATOMS = 1024
+
+
+def compare(model: Potential, structures: Sequence[Structure]) -> Comparison:
+    """Predict structures and lay their labels beside the predictions, in the structures' order.
+
+    Raises `ValueError` for structures without any label that the model predicts, or that it cannot describe.
+    """
+    prepared = LabelledSet(structures, model)
+    predicted: dict[str, list[Any]] = {name: [None] * len(structures) for name in QUANTITIES}
+    largest = int(prepared.sizes.max())
+    for indices in prepared.chunks(max(1, BATCH_ATOMS // largest)):
+        labelled = prepared.batch(indices)
+        result = evaluate_batch(model, labelled)
+        ends = np.cumsum(labelled.batch.counts.cpu().numpy())
+        for name, (_, unit) in QUANTITIES.items():
+            value = getattr(result, name)
+            if value is None:
+                continue
+            rows = value.detach().cpu().numpy().astype(np.float64)
+            parts = np.split(rows, ends[:-1]) if unit == "atom" else np.split(rows, len(indices))
+            for i, part in zip(indices.tolist(), parts, strict=True):
+                predicted[name][i] = part
+    reference = {name: _references(prepared.structures, name) for name in QUANTITIES}
+    shared = [n for n in QUANTITIES if reference[n] is not None and predicted[n][0] is not None]
+    if not shared:
+        raise ValueError("structures: expected labels (energy, forces, dipole or charges) to compare with, found none")
+    return Comparison(
+        counts=prepared.sizes,
+        groups=[s.group for s in structures],
+        formulas=[s.formula for s in structures],
+        charges=[s.charge for s in structures],
+        multiplicities=[s.multiplicity for s in structures],
+        reference={n: reference[n] for n in shared},  # type: ignore[misc]
+        predicted={n: np.concatenate(predicted[n]) for n in shared},
+    )
+
+
+def find_model(name: str | Path) -> Path:
+    """The file of a model: a path, or the name of a model that a plugin ships or that was fetched into the cache.
+
+    Raises `FileNotFoundError` for a path without a file or a model that is not there, `ValueError` for unknown names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise FileNotFoundError(f"model: no file at {path}")
+    family = find_family(str(name))
+    for bundled in family.bundled:
+        if bundled.name == str(name) and bundled.path.is_file():
+            return bundled.path
+    for published in family.published:
+        found = cached(published.sha256) if published.name == str(name) else None
+        if found is not None:
+            return found
+    raise FileNotFoundError(f"model: {str(name)!r} names no model file that is here; give a path, or fetch it first")
+
+
+def _references(structures: Sequence[Structure], name: str) -> np.ndarray | None:
+    """Labels laid end to end with NaN for missing ones; None if no structure has one."""
+    rows = label_rows(structures, name)
+    return None if rows is None else np.concatenate(rows)
+
+
+def write_report(
+    comparison: Comparison, folder: str | Path, name: str, title: str = "", seed: int = 0
+) -> dict[str, Any]:
+    """Write ``<name>_errors.json`` (tables, units) and ``<name>_parity.png``; returns what the JSON holds."""
+    folder = Path(folder)
+    report: dict[str, Any] = {
+        "units": {quantity: QUANTITIES[quantity][0] for quantity in comparison.quantities},
+        "error_bars": "standard error by bootstrap over groups (1000 samples)",
+        "seed": seed,
+        "tables": error_tables(comparison, seed=seed),
+    }
+    write_atomically(folder / f"{name}_errors.json", (json.dumps(report, indent=1) + "\n").encode())
+    plot_parity(comparison, folder / f"{name}_parity.png", title)
+    return report

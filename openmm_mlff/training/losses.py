@@ -1,0 +1,102 @@
+"""labels, predictions -> how far apart they are: the weighted squares that training minimises.
+
+Missing labels are NaN in the tensors and count nowhere, so sets in which only some structures have, say, a dipole can
+be trained together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openmm_mlff.potentials.potential import Evaluation
+
+#: names of the terms, in the order of `LossWeights.tensor`
+TERMS = ("energy", "forces", "dipole", "charges")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each term of `weighted_loss`.
+
+    Attributes:
+        energy: of the mean of (E - E_ref)^2 / n_atoms, 1/eV^2 (an extensive quantity's variance grows with its size).
+        forces: of the mean square of force components, angstrom^2/eV^2.
+        dipole: of the mean square of dipole components, 1/(e*angstrom)^2; it trains the charges.
+        charges: of the mean square of atomic charges, 1/e^2 (reference charges depend on the partitioning).
+    """
+
+    energy: float = 1.0
+    forces: float = 1.0
+    dipole: float = 0.0
+    charges: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in TERMS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
+        if not any(getattr(self, name) > 0 for name in TERMS):
+            raise ValueError("weights: expected at least one weight above 0, got none")
+
+    def towards(self, final: LossWeights | None, progress: float) -> LossWeights:
+        """The weights at `progress` (0 to 1) on the straight way from these to `final`."""
+        if final is None:
+            return self
+        progress = min(max(progress, 0.0), 1.0)
+        mixed = {n: (1.0 - progress) * getattr(self, n) + progress * getattr(final, n) for n in TERMS}
+        return LossWeights(**mixed)
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``(4,)`` in the order of `TERMS`."""
+        return torch.tensor(dataclasses.astuple(self), dtype=dtype, device=device)
+
+
+@dataclass
+class Labels:
+    """Reference values of a batch; NaN where unknown, None where no structure has any.
+
+    Attributes:
+        energy: ``(n_structures,)`` eV. forces: ``(n_atoms, 3)`` eV/angstrom.
+        dipole: ``(n_structures, 3)`` e*angstrom. charges: ``(n_atoms,)`` e.
+    """
+
+    energy: Tensor | None = None
+    forces: Tensor | None = None
+    dipole: Tensor | None = None
+    charges: Tensor | None = None
+
+
+def mean_square(prediction: Tensor, reference: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Mean of ``(prediction - reference)^2 * scale`` over the known references; 0 if none is known."""
+    known = ~torch.isnan(reference)
+    # the difference is masked before it is squared, so that no gradient is NaN
+    error = torch.where(known, prediction - reference, torch.zeros_like(prediction)).square()
+    if scale is not None:
+        error = error * scale
+    return error.sum() / known.sum().clamp(min=1)
+
+
+def loss_terms(prediction: Evaluation, labels: Labels, counts: Tensor) -> Tensor:
+    """The unweighted terms, ``(4,)`` in the order of `TERMS`; 0 where labels or predictions are missing.
+
+    Args:
+        counts: atoms per structure, ``(n_structures,)``.
+    """
+    scale = {"energy": 1.0 / counts.to(prediction.energy.dtype)}
+    terms = []
+    for name in TERMS:
+        predicted, reference = getattr(prediction, name), getattr(labels, name)
+        if predicted is None or reference is None:
+            terms.append(prediction.energy.new_zeros(()))
+        else:
+            terms.append(mean_square(predicted, reference, scale.get(name)))
+    return torch.stack(terms)
+
+
+def weighted_loss(prediction: Evaluation, labels: Labels, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The scalar to minimise, and its unweighted terms ``(4,)``, detached."""
+    terms = loss_terms(prediction, labels, counts)
+    return (weights * terms).sum(), terms.detach()

@@ -1,0 +1,291 @@
+"""a recipe (TOML, JSON or YAML), datasets -> a trained model file with its card.
+
+A recipe holds everything that decides a training but the data::
+
+    family = "spookynet"
+    seed = 1                  # of the initial parameters, the order of the data and a split that is made here
+    batch_size = 8
+    compile = true            # one compiled graph of the loss and its gradients; same numbers, fewer milliseconds
+    threads = 1
+    processes = 3             # that share each batch, with one thread each
+
+    [model]                   # the family's config; `elements` are those of the training set if not given
+    num_modules = 2
+
+    [loop]                    # the fields of LoopOptions
+    steps = 100000
+
+    [loss]                    # the fields of LossWeights at the start ...
+    energy = 1.0
+    [final_loss]              # ... and, optionally, at the end
+    energy = 10.0
+
+    [data]                    # for datasets without a recorded split
+    fractions = { train = 0.8, valid = 0.1, test = 0.1 }
+    block_size = 100          # consecutive structures without a group become groups of this size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from openmm_mlff._plugins import near
+from openmm_mlff.data.datasets import Dataset, split_by_group
+from openmm_mlff.data.formats import read_structures
+from openmm_mlff.data.model_file import sha256_of
+from openmm_mlff.data.structures import Structure
+from openmm_mlff.training.loop import LoopOptions
+from openmm_mlff.training.losses import LossWeights
+
+SPLITS = ("train", "valid", "test")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How structures without a recorded split are dealt out.
+
+    Attributes:
+        fractions: share of the structures by split; whole groups go to one split.
+        block_size: consecutive structures without a group that count as one group; None refuses such structures,
+            because neighbouring frames of a trajectory in two splits would make errors look small.
+        intact_only: leave out structures whose ``info`` says that their bonds are not intact.
+    """
+
+    fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1})
+    block_size: int | None = None
+    intact_only: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.fractions if name not in SPLITS]
+        if unknown or "train" not in self.fractions or "valid" not in self.fractions:
+            raise ValueError(f"fractions: expected train, valid and perhaps test, got {dict(self.fractions)}")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training but the data; see the example above.
+
+    Attributes:
+        family: a registered family. model: fields of its config.
+        seed: of initial parameters, data order and splits. threads: of torch; None leaves them as they are.
+        compile: see `training.compiled_loss`. processes: that share each batch, see `training.parallel`.
+    """
+
+    family: str = "spookynet"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    loop: LoopOptions = field(default_factory=LoopOptions)
+    loss: LossWeights = field(default_factory=LossWeights)
+    final_loss: LossWeights | None = None
+    data: DataOptions = field(default_factory=DataOptions)
+    batch_size: int = 8
+    seed: int = 0
+    compile: bool = False
+    threads: int | None = None
+    processes: int = 1
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain tables. Raises `ValueError` naming an unknown key or a value of the wrong kind."""
+        values = dict(content)
+        for name, section in _SECTIONS.items():
+            if values.get(name) is not None:
+                values[name] = _build(section, values[name], name)
+        if "seed" in values and "seed" not in dict(content.get("loop") or {}):
+            values["loop"] = dataclasses.replace(values.get("loop", LoopOptions()), seed=values["seed"])
+        return _build(cls, values, "recipe")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """A recipe from a ``.toml``, ``.json`` or ``.yaml`` file (the last needs PyYAML)."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"config: no file at {path}")
+        try:
+            if path.suffix == ".toml":
+                return cls.from_dict(tomllib.loads(path.read_text()))
+            if path.suffix == ".json":
+                return cls.from_dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"config: {path}: {error}") from error
+        if path.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"config: expected a file ending in .toml, .json, .yaml or .yml, got {path.name!r}")
+        try:
+            import yaml  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ImportError("a YAML recipe needs PyYAML (pip install pyyaml); TOML and JSON need nothing") from error
+        return cls.from_dict(yaml.safe_load(path.read_text()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain tables, as `from_dict` takes them."""
+        return asdict(self)
+
+
+_SECTIONS: dict[str, type] = {"loop": LoopOptions, "loss": LossWeights, "final_loss": LossWeights, "data": DataOptions}
+
+
+def _build(kind: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a table, got {values!r}")
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{where}: no option is called {key!r}; {near(key, known)}")
+        wanted = str(known[key].type)
+        if not _fits(value, wanted):
+            raise ValueError(f"{key}: expected {wanted} in [{where}], got {value!r}")
+    return kind(**values)
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Whether a plain value can be what the annotation says; tables and sections are checked by who builds them."""
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    names = [name.strip() for name in wanted.split("|")]
+    if value is None:
+        return "None" in names
+    simple = [kinds[name] for name in names if name in kinds]
+    if not simple:
+        return True
+    if isinstance(value, bool):
+        return "bool" in names
+    return any(isinstance(value, kind) for kind in simple)  # type: ignore[arg-type]
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingData:
+    """Structures of every split, and the description that goes into the model's card."""
+
+    splits: dict[str, list[Structure]]
+    description: dict[str, Any]
+
+
+def load_data(paths: Sequence[str | Path], options: DataOptions, seed: int) -> TrainingData:
+    """Read datasets (folders) and structure files and deal them to splits, whole groups only.
+
+    Datasets with a recorded split keep it; the rest is split by `options` and `seed`. Groups of the same name count as
+    one group.
+
+    Raises `FileNotFoundError` and `ValueError` (damaged data; structures without a group and no block size; a group in
+    two splits; an empty training or validation set).
+    """
+    if not paths:
+        raise ValueError("data: expected at least one dataset or file, got none")
+    splits: dict[str, list[Structure]] = {name: [] for name in SPLITS}
+    rest: list[Structure] = []
+    sources = []
+    for path in map(Path, paths):
+        dataset = Dataset(path) if path.is_dir() else None
+        if dataset is not None and dataset.splits:
+            for name in SPLITS:
+                if name in dataset.splits:
+                    splits[name] += dataset.load(name)
+        else:
+            structures = dataset.load() if dataset is not None else read_structures(path)
+            rest += _with_groups(structures, options.block_size, path.stem)
+        sources.append(source_of(path, dataset))
+    if rest:
+        _deal(rest, splits, options, seed)
+    dropped = _drop_broken(splits) if options.intact_only else 0
+    _check_splits(splits)
+    groups = {name: sorted({s.group for s in members}) for name, members in splits.items()}
+    description = {
+        "sources": sources,
+        "structures": {name: len(members) for name, members in splits.items()},
+        "groups": groups,
+        "left_out_broken": dropped,
+        "split": {"by": "group", "seed": seed, "fractions": dict(options.fractions)} if rest else {"by": "dataset"},
+    }
+    return TrainingData(splits, description)
+
+
+def source_of(path: Path, dataset: Dataset | None) -> dict[str, Any]:
+    """Name, method and checksums of a dataset or a file, for cards and configurations."""
+    if dataset is None:
+        return {"name": path.name, "sha256": sha256_of(path)}
+    shards = {shard.name: sha256_of(shard) for shard in dataset.shards}
+    return {"name": dataset.card.get("name", path.name), "method": dataset.card.get("method"), "shards": shards}
+
+
+def load_labelled(paths: Sequence[str | Path], split: str | None) -> tuple[list[Structure], list[dict[str, Any]]]:
+    """Structures of datasets (only one split, if named) and files, and what they are.
+
+    Raises `ValueError` if a split is wanted from data that has none, or if nothing is left.
+    """
+    structures: list[Structure] = []
+    sources = []
+    for path in map(Path, paths):
+        dataset = Dataset(path) if path.is_dir() else None
+        if dataset is not None:
+            recorded = split is None or bool(dataset.splits)
+            members = dataset.load(split) if recorded else _meant_for(dataset.load(), str(split), path)
+        elif split is not None:
+            raise ValueError(f"split: {path.name} is a file without splits, got {split!r}")
+        else:
+            members = read_structures(path)
+        structures += members
+        sources.append(source_of(path, dataset))
+    if not structures:
+        raise ValueError(f"data: expected structures in {', '.join(map(str, paths))}, found none")
+    return structures, sources
+
+
+def _meant_for(structures: list[Structure], split: str, path: Path) -> list[Structure]:
+    """A run under way has no card, but its sampling may have noted what each trajectory is meant for."""
+    if not all("split" in s.info for s in structures):
+        raise ValueError(f"split: {path} has no recorded splits, got {split!r}")
+    return [s for s in structures if s.info["split"] == split]
+
+
+def _with_groups(structures: list[Structure], block_size: int | None, stem: str) -> list[Structure]:
+    if all(s.group for s in structures):
+        return structures
+    if block_size is None:
+        raise ValueError(
+            f"data: {stem} has structures without a group, and frames of one trajectory must not be in two splits; "
+            "give them groups, or set data.block_size to make groups of consecutive structures"
+        )
+    return [s if s.group else s.replace(group=f"{stem}/{i // block_size}") for i, s in enumerate(structures)]
+
+
+def _deal(rest: list[Structure], splits: dict[str, list[Structure]], options: DataOptions, seed: int) -> None:
+    """Deal structures without a recorded split; their sampling may say in ``info`` what a trajectory is meant for."""
+    meant = [s.info.get("split") for s in rest]
+    if all(m in SPLITS for m in meant):
+        for structure, name in zip(rest, meant, strict=True):
+            splits[str(name)].append(structure)
+        return
+    dealt = split_by_group([s.group for s in rest], options.fractions, seed)
+    where = {group: name for name, groups in dealt.items() for group in groups}
+    for structure in rest:
+        splits[where[structure.group]].append(structure)
+
+
+def _drop_broken(splits: dict[str, list[Structure]]) -> int:
+    dropped = 0
+    for name, members in splits.items():
+        intact = [s for s in members if s.info.get("bonds_intact", True)]
+        dropped += len(members) - len(intact)
+        splits[name] = intact
+    return dropped
+
+
+def _check_splits(splits: Mapping[str, Sequence[Structure]]) -> None:
+    seen: dict[str, str] = {}
+    for name, members in splits.items():
+        for group in {s.group for s in members}:
+            if seen.setdefault(group, name) != name:
+                raise ValueError(f"data: the group {group!r} is in {seen[group]} and in {name}")
+    for name in ("train", "valid"):
+        if not splits[name]:
+            raise ValueError(f"data: expected structures for {name!r}, got none")

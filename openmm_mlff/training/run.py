@@ -1,0 +1,187 @@
+"""a recipe and data -> a folder with a trained model, its tables and its pictures.
+
+The folder of a run::
+
+    config.json           the recipe, the data's checksums and versions: what --resume goes on with
+    checkpoint.pt         the whole state (see training.loop)
+    history.csv, .json    one row per validation; loss.png draws it
+    model.safetensors     the averaged parameters of the best validation so far, with the model card
+    test_errors.json, test_parity.png   (valid_* if there is no test split)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmm_mlff import __version__
+from openmm_mlff._plugins import near
+from openmm_mlff.analysis.plots import plot_history
+from openmm_mlff.data.model_file import load_card, sha256_of, write_atomically
+from openmm_mlff.potentials.family import find_family, load_potential, save_potential
+from openmm_mlff.potentials.potential import Potential
+from openmm_mlff.training import loop
+from openmm_mlff.training.evaluation import compare, write_report
+from openmm_mlff.training.force_matching import ForceMatching
+from openmm_mlff.training.recipe import Recipe, TrainingData, load_data
+
+MODEL = "model.safetensors"
+CONFIG = "config.json"
+
+
+def train(
+    recipe: Recipe | None,
+    data: Sequence[str | Path],
+    output: str | Path,
+    resume: bool = False,
+    start: str | Path | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+    card: Mapping[str, Any] | None = None,
+) -> loop.TrainingState:
+    """Train a model of a family, or train one further, and write the folder described above.
+
+    Args:
+        recipe: None takes the recipe of the run to be resumed.
+        data: datasets (folders) and structure files.
+        resume: go on with the run in `output`, if there is one, which must have the same recipe and data.
+        start: model file to start from instead of new parameters; its config replaces the recipe's ``[model]``.
+        card: further fields of the model card (name, description, domain, licence, citation).
+
+    Raises `FileExistsError` if `output` holds a run and `resume` is not set, `ValueError` if recipe or data differ
+    from those of the run to be resumed, and what `load_data`, `ForceMatching` and `loop.fit` raise.
+    """
+    output = Path(output)
+    resume = resume and (output / CONFIG).exists()
+    if (output / CONFIG).exists() and not resume:
+        raise FileExistsError(f"output: {output} holds a run already; resume it, or choose another folder")
+    if resume:
+        recipe, config = _resumed(recipe, output, start)
+        loaded = load_data(data, recipe.data, recipe.seed)
+        _check_same(config["data"], loaded.description, "data")
+    else:
+        if recipe is None:
+            raise ValueError(f"recipe: expected one, because {output} holds no run to be resumed, got None")
+        if start is not None:
+            recipe = dataclasses.replace(recipe, model=load_card(start)["config"])
+        loaded = load_data(data, recipe.data, recipe.seed)
+        config = _configuration(recipe, loaded, start, card)
+        write_atomically(output / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
+    method = ForceMatching(
+        model,
+        loaded.splits["train"],
+        loaded.splits["valid"],
+        recipe.loss,
+        recipe.final_loss,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.compile,
+        fit_energies=start is None,
+        processes=recipe.processes,
+    )
+    details = {"training_data": loaded.description, "training": config["recipe"], "init": config["init"]}
+    details |= config["card"]
+
+    def on_validation(state: loop.TrainingState, better: bool) -> None:
+        if len(state.history) > 1:
+            plot_history(state.history, output / "loss.png")
+        if better:
+            _save(state, output, details)
+
+    try:
+        state = loop.fit(
+            model,
+            method,
+            recipe.loop,
+            output,
+            resume,
+            accelerator=device,
+            progress=progress,
+            on_validation=on_validation,
+        )
+    finally:
+        method.close()
+    if state.history:
+        plot_history(state.history, output / "loss.png")
+    if state.best:
+        _finish(state, loaded, output, details, recipe.seed)
+    return state
+
+
+def _resumed(recipe: Recipe | None, output: Path, start: str | Path | None) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and the whole configuration of the run in a folder; `ValueError` if another recipe is asked for."""
+    if start is not None:
+        raise ValueError("init: a run that is resumed has its parameters already; leave it out")
+    config = json.loads((output / CONFIG).read_text())
+    if recipe is not None:
+        _check_same(config["recipe"], recipe.to_dict(), "recipe")
+    return Recipe.from_dict(config["recipe"]), config
+
+
+def _new_model(recipe: Recipe, data: TrainingData) -> Potential:
+    family = find_family(recipe.family)
+    known = {f.name for f in dataclasses.fields(family.config)}
+    for key in recipe.model:
+        if key not in known:
+            raise ValueError(f"model: {family.name} has no option {key!r}; {near(key, known)}")
+    config = dict(recipe.model)
+    if "elements" in known and "elements" not in config:
+        # a model refuses elements that it has not seen
+        config["elements"] = tuple(sorted({int(z) for s in data.splits["train"] for z in s.numbers}))
+    torch.manual_seed(recipe.seed)
+    model: Potential = family.model(family.config(**config))
+    return model.train()
+
+
+def _started_model(recipe: Recipe, start: str | Path) -> Potential:
+    model = load_potential(start)
+    if model.family != find_family(recipe.family).name:
+        raise ValueError(f"init: expected a {recipe.family} model, got a {model.family} model in {start}")
+    return model.requires_grad_(True).train()
+
+
+def _configuration(
+    recipe: Recipe, data: TrainingData, start: str | Path | None, card: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "recipe": recipe.to_dict(),
+        "data": data.description,
+        "init": None if start is None else {"file": Path(start).name, "sha256": sha256_of(start)},
+        "card": dict(card or {}),
+        "versions": {"openmm-mlff": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on with other data or another recipe (`ValueError` naming what differs)."""
+    plain = json.loads(json.dumps(now))
+    differing = [key for key in plain if before.get(key) != plain[key]]
+    if differing:
+        raise ValueError(f"resume: the {what} differ from those of the run ({', '.join(differing)})")
+
+
+def _save(state: loop.TrainingState, output: Path, details: Mapping[str, Any], **more: Any) -> None:
+    best = {"step": state.best["step"], "validation_loss": state.best["loss"]}
+    with loop.averaged(state) as model:
+        save_potential(model, output / MODEL, **details, **more, best=best)  # type: ignore[arg-type]
+
+
+def _finish(state: loop.TrainingState, data: TrainingData, output: Path, details: Mapping[str, Any], seed: int) -> None:
+    """Tables and pictures of the validation and test splits, and the model file with the accuracy in its card."""
+    accuracy: dict[str, Any] = {}
+    with loop.averaged(state) as model:
+        for split in ("valid", "test"):
+            if data.splits[split]:
+                comparison = compare(model, data.splits[split])  # type: ignore[arg-type]
+                report = write_report(comparison, output, split, f"{split} split", seed)
+                accuracy[split] = {"units": report["units"], **report["tables"]["all"][0]}
+    _save(state, output, details, accuracy=accuracy)

@@ -1,0 +1,74 @@
+"""Loss terms against numpy, missing labels, and weights that change on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from openmm_mlff.potentials.potential import Evaluation
+from openmm_mlff.training.losses import Labels, LossWeights, loss_terms, mean_square, weighted_loss
+
+
+def random_case(seed: int) -> tuple[Evaluation, Labels, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    counts = torch.tensor([2, 5, 3])
+    predicted = Evaluation(draw(3), draw(10), draw(3, 3), forces=draw(10, 3))
+    return predicted, Labels(draw(3), draw(10, 3), draw(3, 3), draw(10)), counts
+
+
+def test_terms_are_the_means_they_say() -> None:
+    predicted, labels, counts = random_case(0)
+    difference = (predicted.energy - labels.energy).numpy()
+    expected = [
+        np.mean(difference**2 / counts.numpy()),
+        np.mean((predicted.forces - labels.forces).numpy() ** 2),
+        np.mean((predicted.dipole - labels.dipole).numpy() ** 2),
+        np.mean((predicted.charges - labels.charges).numpy() ** 2),
+    ]
+    np.testing.assert_allclose(loss_terms(predicted, labels, counts).numpy(), expected, rtol=1e-14)
+    weights = LossWeights(1.0, 2.0, 3.0, 4.0).tensor(torch.float64, torch.device("cpu"))
+    total, terms = weighted_loss(predicted, labels, counts, weights)
+    assert float(total) == pytest.approx(float(np.dot([1, 2, 3, 4], expected)), rel=1e-14)
+    np.testing.assert_allclose(terms.numpy(), expected, rtol=1e-14)
+
+
+def test_missing_labels_count_nowhere() -> None:
+    predicted, labels, counts = random_case(1)
+    labels.dipole[1] = torch.nan
+    labels.charges = None
+    predicted.dipole.requires_grad_(True)
+    terms = loss_terms(predicted, labels, counts)
+    known = (predicted.dipole - labels.dipole).detach()[[0, 2]]
+    assert float(terms[2].detach()) == pytest.approx(float(known.square().mean()), rel=1e-14)
+    assert float(terms[3].detach()) == 0.0
+    (slope,) = torch.autograd.grad(terms[2], predicted.dipole)
+    assert torch.equal(slope[1], torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(slope[[0, 2]], 2 * known / 6, rtol=1e-14, atol=0)
+
+
+def test_no_known_label_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
+    predicted = torch.ones(3, requires_grad=True)
+    loss = mean_square(predicted, torch.full((3,), torch.nan))
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and torch.equal(predicted.grad, torch.zeros(3))
+
+
+def test_weights_move_in_a_straight_line() -> None:
+    start, end = LossWeights(0.1, 1.0, 0.5, 0.0), LossWeights(5.1, 1.0, 0.0, 0.0)
+    half = start.towards(end, 0.5)
+    assert half.energy == pytest.approx(2.6) and half.dipole == pytest.approx(0.25) and half.forces == 1.0
+    assert start.towards(end, 0.0) == start and start.towards(end, 7.0) == end and start.towards(None, 0.5) is start
+
+
+def test_impossible_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="forces: expected a weight >= 0, got -1"):
+        LossWeights(forces=-1)
+    with pytest.raises(ValueError, match="energy: expected a weight >= 0, got nan"):
+        LossWeights(energy=float("nan"))
+    with pytest.raises(ValueError, match="at least one weight above 0"):
+        LossWeights(0.0, 0.0)
