@@ -44,13 +44,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
     # small molecules run fastest on one thread; read when torch is first imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from openmm_mlff.cli.simulate import carry_out, describe, model_settings
+    from openmm_mlff.cli.simulate import carry_out, describe, model_settings, show_notices
     from openmm_mlff.sampling.settings import RunSettings
     from openmm_mlff.sampling.simulation import Simulation
 
     if not args.seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {args.seconds}")
     begin = time.monotonic()
+    show_notices(not args.quiet)
     output = Path(args.output)
     if args.overwrite:
         remove_run(output)
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
             return status
         simulation.extend(affordable_steps(trial.steps_per_second, args.seconds))
     print(describe(simulation), flush=True)
-    status, result = carry_out(simulation)
+    # a machine that becomes busy in between must not make it much longer
+    status, result = carry_out(simulation, seconds=None if args.steps else 1.2 * args.seconds)
     if result is not None and result.finished:
         s = simulation.settings
         print(

@@ -160,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
     from openmm_mlff.sampling.simulation import Simulation
 
     progress = not args.quiet
+    show_notices(progress)
     if args.resume:
         simulation = _resumed(args, progress)
     else:
@@ -188,6 +189,18 @@ def _resumed(args: argparse.Namespace, progress: bool) -> Simulation:
     return Simulation.resume(args.output, steps, progress)
 
 
+def show_notices(progress: bool) -> None:
+    """Print what the package logs (that a model is being compiled, say) on standard error; once per process."""
+    import logging
+
+    logger = logging.getLogger("openmm_mlff")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if progress else logging.WARNING)
+
+
 def describe(simulation: Simulation) -> str:
     """What runs, where, in two or three lines."""
     s, facts = simulation.settings, simulation.facts
@@ -203,12 +216,14 @@ def describe(simulation: Simulation) -> str:
     return f"{what}; {facts['waters']} waters\n{length} at {s.temperature:g} K on the {where} -> {simulation.output}"
 
 
-def carry_out(simulation: Simulation, summary: bool = True) -> tuple[int, RunResult | None]:
+def carry_out(
+    simulation: Simulation, summary: bool = True, seconds: float | None = None
+) -> tuple[int, RunResult | None]:
     """Run, draw the summary, say how it went; returns the exit status and the result."""
     from openmm_mlff.sampling.guards import RunFailed
 
     try:
-        result = simulation.run()
+        result = simulation.run(seconds)
     except RunFailed as error:
         print(f"openmm-mlff simulate: error: {error}", file=sys.stderr)
         return 1, None

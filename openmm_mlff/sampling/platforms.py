@@ -54,7 +54,9 @@ def choose_platform(n_particles: int, name: str | None = None, threads: int | No
         threads = threads or (1 if n_particles <= ONE_THREAD_UP_TO else len(os.sched_getaffinity(0)))
         inexact = "" if threads == 1 else "the CPU platform adds forces in a random order with more than one thread"
         return PlatformChoice(name, {"Threads": str(threads), "DeterministicForces": "true"}, inexact)
-    properties = {"Precision": "mixed", "DeterministicForces": "true"}
+    understood = openmm.Platform.getPlatform(name).getPropertyNames()
+    wanted = {"Precision": "mixed", "DeterministicForces": "true"}
+    properties = {key: value for key, value in wanted.items() if key in understood}
     return PlatformChoice(name, properties, "the model's own sums on a GPU have no fixed order")
 
 

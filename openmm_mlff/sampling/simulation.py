@@ -103,6 +103,7 @@ class Simulation:
         self._context: openmm.Context | None = None
         self._stop = guards.StopRequest()
         self._chunk = 1
+        self._seconds = float("inf")
         self._trajectory: TrajectoryWriter | None = None
         self._table: TableWriter | None = None
 
@@ -178,7 +179,7 @@ class Simulation:
         return run
 
     def extend(self, steps: int) -> None:
-        """Set the length of production to `steps`; raises `ValueError` if more are done already."""
+        """Set the length of production to `steps`, also in run.json; raises `ValueError` if more are done already."""
         if self._checkpoint.phase == "production" and steps < self._checkpoint.step:
             raise ValueError(f"steps: expected at least {self._checkpoint.step}, which are done already, got {steps}")
         self.settings = self.settings.replace(steps=steps)
@@ -200,13 +201,16 @@ class Simulation:
 
     # -- phases ------------------------------------------------------------------------------------------------
 
-    def run(self) -> RunResult:
+    def run(self, seconds: float | None = None) -> RunResult:
         """Run to the end, or until Ctrl-C or SIGTERM, after which a checkpoint is written and the result says so.
+
+        After `seconds` of production it ends at the next checkpoint, as if it had been meant to be so long.
 
         Raises `guards.RunFailed` if the state stops being physical; System, State and integrator are then in
         ``failure/``, and the last checkpoint stays as it was.
         """
         rate = float("nan")
+        self._seconds = float("inf") if seconds is None else seconds
         self._stop = guards.StopRequest()
         with self._stop:
             if self._checkpoint.phase == "minimize" and not self._stop:
@@ -264,6 +268,9 @@ class Simulation:
                         self._report(context, step)
                     if step % s.checkpoint_interval == 0 or step == total or self._stop:
                         self._save(context, phase, step)
+                        if recorded and step < total and time.monotonic() - begin > self._seconds:
+                            self.extend(step)
+                            total = step
                         if step < total and not self._stop:
                             context = self._enter(self._checkpoint)
             if recorded and step == total:
@@ -305,7 +312,10 @@ class Simulation:
             if isinstance(force, openmm.MonteCarloBarostat):
                 force.setRandomNumberSeed(seed)
         self._context = None
-        context = openmm.Context(self._system, integrator, self._choice.platform, self._choice.properties)
+        try:
+            context = openmm.Context(self._system, integrator, self._choice.platform, self._choice.properties)
+        except openmm.OpenMMException as error:
+            raise ValueError(f"platform: {self._choice.name} cannot run this system ({error})") from error
         context.setState(checkpoint.openmm_state())
         context.setStepCount(checkpoint.step)
         context.setTime(checkpoint.step * dt)

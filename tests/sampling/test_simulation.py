@@ -301,6 +301,18 @@ def test_a_broken_bond_stops_the_run_unless_that_is_allowed(alanine: str, tiny_m
     run(settings.replace(check_bonds=False, steps=200), tmp_path / "free")
 
 
+def test_a_run_with_a_time_limit_ends_at_a_checkpoint(alanine: str, tmp_path: Path) -> None:
+    settings = gas(alanine, steps=100_000_000, checkpoint_interval=300, report_interval=50)
+    simulation = Simulation.start(settings, tmp_path / "limited", progress=False, say=quiet)
+    begin = time.monotonic()
+    result = simulation.run(seconds=0.5)
+    assert 0.5 < time.monotonic() - begin < 30 and result.finished
+    assert 0 < result.step < settings.steps and result.step % 300 == 0
+    assert json.loads((tmp_path / "limited" / "run.json").read_text())["settings"]["steps"] == result.step
+    run(settings.replace(steps=result.step), tmp_path / "planned")
+    same_run(tmp_path / "limited", tmp_path / "planned")
+
+
 def test_folders_are_not_mixed_up(alanine: str, tmp_path: Path) -> None:
     settings = gas(alanine, steps=40)
     run(settings, tmp_path / "run")
