@@ -139,11 +139,20 @@ def interrupted_after(settings: RunSettings, folder: Path, checkpoints: int) -> 
         simulation.run()
 
 
-@pytest.mark.parametrize("kind", ["npt water", "network", "network in water", "nve"])
+@pytest.mark.parametrize("kind", ["npt water", "network", "periodic network", "network in water", "nve"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     kind: str, alanine: str, tiny_model: str, water_box: dict[str, Any], tmp_path: Path
 ) -> None:
+    # box vectors as CRYST1 has them, so small that the pair lists hold images and change
+    boxed = tmp_path / "boxed.pdb"
+    boxed.write_text(
+        "CRYST1   13.000   14.000   12.500  90.00  90.00  90.00 P 1           1\n" + Path(alanine).read_text()
+    )
     settings = {
+        "periodic network": small_network(
+            str(boxed), tiny_model, steps=240, checkpoint_interval=80, report_interval=40, temperature=2000.0,
+            timestep=2.0, max_force=1e7,
+        ),
         "npt water": gas(
             alanine, steps=100, report_interval=10, checkpoint_interval=30, equilibration_steps=30, **water_box
         ),

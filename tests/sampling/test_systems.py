@@ -141,5 +141,9 @@ def test_the_platform_follows_the_size() -> None:
     with pytest.raises(ValueError, match=r"^threads: "):
         choose_platform(22, "Reference", threads=2)
     names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    for name in names:
+        chosen = choose_platform(1000, name)
+        # every platform takes its own properties only
+        assert set(chosen.properties) <= set(openmm.Platform.getPlatform(name).getPropertyNames())
     if not {"CUDA", "HIP"} & set(names):
         assert [choose_platform(n).name for n in (22, 99, 100, 5000)] == ["Reference", "Reference", "CPU", "CPU"]
