@@ -26,8 +26,10 @@ inline void project(const REAL* __restrict__ h, const REAL* __restrict__ t, REAL
 #if (RADIAL & (RADIAL - 1)) == 0
     typedef REAL Row __attribute__((vector_size(K * sizeof(REAL)), aligned(sizeof(REAL))));
     Row part[4] = {};
-    for (int x = 0; x < 3 * F; x += 4)
+    int x = 0;
+    for (; x + 4 <= 3 * F; x += 4)
         for (int q = 0; q < 4; ++q) part[q] += h[x + q] * *reinterpret_cast<const Row*>(t + (x + q) * K);
+    for (; x < 3 * F; ++x) part[0] += h[x] * *reinterpret_cast<const Row*>(t + x * K);
     *reinterpret_cast<Row*>(out) = (part[0] + part[1]) + (part[2] + part[3]);
 #else
     REAL sum[K] = {0};

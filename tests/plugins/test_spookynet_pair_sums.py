@@ -1,0 +1,96 @@
+"""Sums over neighbours: plain differentiation, the form for the compiler, and the C++ kernel give the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from openmm_mlff.data.structures import Structure
+from openmm_spookynet import SpookyNet, SpookyNetConfig, pair_kernel
+from openmm_spookynet.pair_kernel import PairSumsKernel
+from openmm_spookynet.pair_sums import PairSums
+
+needs_compiler = pytest.mark.skipif(pair_kernel.compiler() is None, reason="no C++ compiler (g++ or clang++)")
+
+
+def plain(
+    rbf: Tensor, f: Tensor, p: Tensor, d: Tensor, spd: Tensor, weight: Tensor, index: Tensor
+) -> tuple[Tensor, ...]:
+    """The definition, pair by pair and feature by feature; autograd differentiates it."""
+    received = (rbf @ weight) * spd[index]
+    s, pp, dd = received.chunk(3, -1)
+    return s.sum(1), torch.einsum("ncs,nsf->ncf", p, pp), torch.einsum("ncs,nsf->ncf", d, dd)
+
+
+def fused(
+    rbf: Tensor, f: Tensor, p: Tensor, d: Tensor, spd: Tensor, weight: Tensor, index: Tensor
+) -> tuple[Tensor, ...]:
+    return PairSums.apply(rbf, p, d, spd, weight, index)
+
+
+def neighbourhoods(features: int, radial: int, irreps: bool) -> tuple[list[Tensor], Tensor]:
+    """Inputs from a real geometry (the identity behind the gather needs both directions of every pair)."""
+    config = SpookyNetConfig(num_features=features, num_basis_functions=radial, num_modules=1, use_irreps=irreps)
+    model = SpookyNet(config).double()
+    random = np.random.default_rng(5)
+    positions = random.uniform(0, 7, (30, 3))
+    batch = model.batch(Structure(random.choice([1, 6, 8], 30), positions))
+    geometry = model.geometry(batch)
+    spd = torch.randn(30, 3 * features, dtype=torch.float64)
+    weight = torch.randn(radial, 3 * features, dtype=torch.float64)
+    moving = [x.detach() for x in (geometry.rbf, geometry.f, geometry.p, geometry.d, spd)]
+    assert bool((~batch.neighbors.mask).any()), "this test wants padding"
+    return [*moving, weight, geometry.index], batch.neighbors.mask
+
+
+@pytest.mark.parametrize(("features", "radial", "irreps"), [(16, 8, True), (5, 6, True), (8, 4, False)])
+@pytest.mark.parametrize(
+    "form", [fused, pytest.param(lambda *x: PairSumsKernel.apply(*x), marks=needs_compiler, id="kernel")]
+)
+def test_sums_and_derivatives(
+    form: Callable[..., tuple[Tensor, ...]], features: int, radial: int, irreps: bool
+) -> None:
+    torch.manual_seed(0)
+    inputs, mask = neighbourhoods(features, radial, irreps)
+    results = []
+    for function in (plain, form):
+        rbf, f, p, d, spd, weight, index = inputs
+        moving = [x.clone().requires_grad_(True) for x in (rbf, p, d, spd)]
+        sums = function(moving[0], f, moving[1], moving[2], moving[3], weight, index)
+        # weights that treat no component like another
+        torch.manual_seed(1)
+        total = sum((torch.randn_like(x) * x + 0.1 * x.square()).sum() for x in sums)
+        results.append((sums, torch.autograd.grad(total, moving)))
+    for mine, theirs in zip(results[1][0], results[0][0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    (rbf_a, p_a, d_a, spd_a), (rbf_b, p_b, d_b, spd_b) = results[1][1], results[0][1]
+    torch.testing.assert_close(spd_a, spd_b, rtol=1e-10, atol=1e-10)
+    # derivatives of padding go nowhere: the geometry of padding is constant
+    for mine, theirs in (
+        (rbf_a, rbf_b),
+        (p_a.transpose(1, 2), p_b.transpose(1, 2)),
+        (d_a.transpose(1, 2), d_b.transpose(1, 2)),
+    ):
+        torch.testing.assert_close(mine[mask], theirs[mask], rtol=1e-10, atol=1e-10)
+
+
+@needs_compiler
+def test_the_kernel_in_single_precision() -> None:
+    torch.manual_seed(0)
+    inputs, _ = neighbourhoods(16, 8, True)
+    exact = pair_kernel.forward_op(*inputs)
+    rounded = pair_kernel.forward_op(*(x.float() if x.is_floating_point() else x for x in inputs))
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_compiler_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_kernel, "FLAGS", (*pair_kernel.FLAGS, "-no-such-flag"))
+    with pytest.raises(RuntimeError, match=r"compile: .* failed"):
+        pair_kernel.library(16, 7, 5, torch.float64)
