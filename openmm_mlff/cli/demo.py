@@ -22,7 +22,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Capped alanine (ACE-ALA-NME) by a machine-learned potential in TIP3P water (amber14): minimises, "
         "equilibrates, runs NVT molecular dynamics, and draws energy, temperature and Ramachandran plane.",
     )
-    parser.add_argument("--output", "-o", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--output", "-o", required=True, metavar="DIR", help="folder of the run; a former demo there is replaced"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="for the recorded run; decides its length (120)")
     parser.add_argument("--steps", type=int, help="length of the recorded run, instead of --seconds")
     parser.add_argument("--model", default="spookynet-ala2-gfn2", metavar="NAME", help="(spookynet-ala2-gfn2)")
@@ -30,7 +32,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--timestep", type=float, default=1.0, metavar="FS", help="(1)")
     parser.add_argument("--temperature", type=float, default=300.0, metavar="K", help="(300)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--overwrite", action="store_true", help="replace a former demo in DIR")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(func=run)
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     show_notices(not args.quiet)
     output = Path(args.output)
-    if args.overwrite:
+    if is_demo(output):
         remove_run(output)
     settings = RunSettings(
         input=str(start_structure()),
@@ -93,6 +94,16 @@ def run(args: argparse.Namespace) -> int:
 def affordable_steps(steps_per_second: float, seconds: float) -> int:
     """Whole checkpoint intervals that fit into a time, at least one and at most `LONGEST` steps."""
     return int(min(max(steps_per_second * seconds // CHECKPOINT, 1) * CHECKPOINT, LONGEST))
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether a folder holds a former demo, which a new one replaces; any other run is left alone."""
+    import json
+
+    try:
+        return Path(json.loads((folder / "run.json").read_text())["settings"]["input"]) == start_structure()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def remove_run(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openmm_mlff.sampling.settings import RunSettings
     from openmm_mlff.sampling.simulation import RunResult, Simulation
 
 EXAMPLES = """examples:
@@ -157,7 +158,6 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Start or resume a run; returns the exit status."""
     from openmm_mlff.sampling.settings import RunSettings
-    from openmm_mlff.sampling.simulation import Simulation
 
     progress = not args.quiet
     show_notices(progress)
@@ -167,9 +167,21 @@ def run(args: argparse.Namespace) -> int:
         if args.input is None:
             raise ValueError("input: expected a PDB or mmCIF file (or --resume)")
         settings = RunSettings(input=args.input, **model_settings(args), **settings_from(args))
-        simulation = Simulation.start(settings, args.output, progress)
+        simulation = _started(settings, args.output, progress)
         print(describe(simulation))
     return carry_out(simulation)[0]
+
+
+def _started(settings: RunSettings, output: str, progress: bool) -> Simulation:
+    from openmm_mlff.sampling.simulation import Simulation
+
+    try:
+        return Simulation.start(settings, output, progress)
+    except ValueError as error:
+        # the message names the keyword that Python users know
+        if str(error).startswith("longRangeCutoff"):
+            raise ValueError(f"{error} (here: --long-range-cutoff 1.0, or --no-box)") from error
+        raise
 
 
 def _resumed(args: argparse.Namespace, progress: bool) -> Simulation:
@@ -225,7 +237,7 @@ def carry_out(
     try:
         result = simulation.run(seconds)
     except RunFailed as error:
-        print(f"openmm-mlff simulate: error: {error}", file=sys.stderr)
+        print(f"openmm-mlff: error: {error}", file=sys.stderr)
         return 1, None
     if result.finished and summary:
         summarise(simulation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mdtraj
@@ -44,6 +45,18 @@ def test_only_the_files_of_a_run_are_removed(tmp_path: Path) -> None:
     demo.remove_run(tmp_path / "nothing")
 
 
+def test_a_former_demo_is_told_from_another_run(tmp_path: Path) -> None:
+    assert not demo.is_demo(tmp_path)
+    for text, expected in (
+        (json.dumps({"settings": {"input": str(demo.start_structure())}}), True),
+        (json.dumps({"settings": {"input": "mine.pdb"}}), False),
+        ("no json", False),
+        ("[]", False),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        assert demo.is_demo(tmp_path) == expected
+
+
 def test_the_demo_runs(
     tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +74,7 @@ def test_the_demo_runs(
     assert 150 < table["temperature_K"].mean() < 450 and {"phi", "psi"} <= set(table)
     assert (tmp_path / "summary.png").stat().st_size > 10_000
     frames = mdtraj.load(str(tmp_path / "trajectory.dcd"), top=str(tmp_path / "start.pdb"))
-    assert frames.n_atoms == 1105
+    assert frames.n_atoms == 1105 and demo.is_demo(tmp_path)
 
 
 def test_a_bad_budget_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
