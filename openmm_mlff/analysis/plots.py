@@ -67,6 +67,8 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | Path) -> Pa
     if len(history) == 0:
         raise ValueError("history: expected at least one validation, got none")
     plt = _pyplot()
+    from matplotlib.ticker import LogLocator
+
     steps = np.array([row["step"] for row in history])
 
     def column(name: str) -> np.ndarray:
@@ -80,12 +82,15 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | Path) -> Pa
             values = column(f"valid_{quantity}_mae")
             axis.plot(steps, values, color=BLUE, marker="o" if len(steps) < 3 else None)
             axis.set_yscale("log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
             axis.set_title(f"{quantity}: validation MAE")
             axis.set_ylabel(QUANTITIES[quantity][0])
             axis.axhline(np.nanmin(values), color=GREY, linewidth=0.8, linestyle=":")
             axis.annotate(
-                f"best {np.nanmin(values):.3g}", (1.0, np.nanmin(values)), xycoords=("axes fraction", "data"),
-                xytext=(0, 3), textcoords="offset points", ha="right", color=GREY, fontsize=8,
+                f"best {np.nanmin(values):.3g}", (0.02, np.nanmin(values)), xycoords=("axes fraction", "data"),
+                xytext=(0, 3), textcoords="offset points", ha="left", color=GREY, fontsize=8,
             )  # fmt: skip
         for axis in axes[0]:
             axis.set_xlabel("step")
@@ -108,7 +113,7 @@ def _plot_losses(axis: Any, steps: np.ndarray, column: Any) -> None:
     rate.tick_params(colors=GREY)
     rate.spines["right"].set_visible(True)
     rate.spines["right"].set_color(GREY)
-    axis.legend(loc="lower left", fontsize=8)
+    axis.legend(loc="best", fontsize=8)
 
 
 def plot_parity(comparison: Comparison, path: str | Path, title: str = "") -> Path:

@@ -42,11 +42,21 @@ class LossWeights:
             raise ValueError("weights: expected at least one weight above 0, got none")
 
     def towards(self, final: LossWeights | None, progress: float) -> LossWeights:
-        """The weights at `progress` (0 to 1) on the straight way from these to `final`."""
+        """The weights at `progress` (0 to 1) on the way from these to `final`: geometric, linear from or to 0.
+
+        All parameters together shift the energy of a batch in one direction, so at a large learning rate a large weight
+        of energies makes them swing; a geometric way keeps the weight small until the learning rate has come down.
+        """
         if final is None:
             return self
         progress = min(max(progress, 0.0), 1.0)
-        mixed = {n: (1.0 - progress) * getattr(self, n) + progress * getattr(final, n) for n in TERMS}
+        mixed = {}
+        for name in TERMS:
+            start, end = getattr(self, name), getattr(final, name)
+            if start > 0 and end > 0:
+                mixed[name] = start * (end / start) ** progress
+            else:
+                mixed[name] = (1.0 - progress) * start + progress * end
         return LossWeights(**mixed)
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -58,10 +58,11 @@ def test_no_known_label_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
     assert float(loss.detach()) == 0.0 and torch.equal(predicted.grad, torch.zeros(3))
 
 
-def test_weights_move_in_a_straight_line() -> None:
-    start, end = LossWeights(0.1, 1.0, 0.5, 0.0), LossWeights(5.1, 1.0, 0.0, 0.0)
+def test_weights_move_geometrically_or_from_and_to_zero_in_a_straight_line() -> None:
+    start, end = LossWeights(0.1, 1.0, 0.5, 0.0), LossWeights(10.0, 1.0, 0.0, 0.4)
     half = start.towards(end, 0.5)
-    assert half.energy == pytest.approx(2.6) and half.dipole == pytest.approx(0.25) and half.forces == 1.0
+    assert half.energy == pytest.approx(1.0) and half.forces == 1.0
+    assert half.dipole == pytest.approx(0.25) and half.charges == pytest.approx(0.2)
     assert start.towards(end, 0.0) == start and start.towards(end, 7.0) == end and start.towards(None, 0.5) is start
 
 
