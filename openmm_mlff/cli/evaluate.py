@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
     from openmm_mlff.potentials.family import load_potential
     from openmm_mlff.training.evaluation import compare, find_model, write_report
     from openmm_mlff.training.recipe import load_labelled
+    from openmm_mlff.training.run import choose_device
 
     path = find_model(args.model)
-    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     dtype = torch.float64 if args.precision == "double" else torch.float32
     model = load_potential(path).to(device=device, dtype=dtype)
     structures, sources = load_labelled(args.data, args.split)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         "data": sources,
         "split": args.split,
         "precision": args.precision,
-        "device": device,
+        "device": device.type,
         "seed": args.seed,
     }
     write_atomically(output / f"{args.name}_config.json", (json.dumps(config, indent=1) + "\n").encode())

@@ -16,9 +16,9 @@ A recipe holds everything that decides a training but the data::
     steps = 100000
 
     [loss]                    # the fields of LossWeights at the start ...
-    energy = 1.0
+    energy = 0.01
     [final_loss]              # ... and, optionally, at the end
-    energy = 10.0
+    energy = 5.0
 
     [data]                    # for datasets without a recorded split
     fractions = { train = 0.8, valid = 0.1, test = 0.1 }
@@ -76,6 +76,7 @@ class Recipe:
 
     Attributes:
         family: a registered family. model: fields of its config.
+        loss, final_loss: weights at the start and at the end; a recipe with [loss] alone keeps those weights.
         seed: of initial parameters, data order and splits. threads: of torch; None leaves them as they are.
         compile: see `training.compiled_loss`. processes: that share each batch, see `training.parallel`.
     """
@@ -83,8 +84,8 @@ class Recipe:
     family: str = "spookynet"
     model: Mapping[str, Any] = field(default_factory=dict)
     loop: LoopOptions = field(default_factory=LoopOptions)
-    loss: LossWeights = field(default_factory=LossWeights)
-    final_loss: LossWeights | None = None
+    loss: LossWeights = field(default_factory=lambda: LossWeights(energy=0.01))
+    final_loss: LossWeights | None = field(default_factory=lambda: LossWeights(energy=5.0))
     data: DataOptions = field(default_factory=DataOptions)
     batch_size: int = 8
     seed: int = 0
@@ -96,6 +97,8 @@ class Recipe:
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
         """A recipe from plain tables. Raises `ValueError` naming an unknown key or a value of the wrong kind."""
         values = dict(content)
+        if "loss" in values:
+            values.setdefault("final_loss", None)
         for name, section in _SECTIONS.items():
             if values.get(name) is not None:
                 values[name] = _build(section, values[name], name)

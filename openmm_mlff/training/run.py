@@ -76,6 +76,8 @@ def train(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
+    # batches are made where the model is
+    model.to(choose_device(device))
     method = ForceMatching(
         model,
         loaded.splits["train"],
@@ -104,7 +106,7 @@ def train(
             recipe.loop,
             output,
             resume,
-            accelerator=device,
+            accelerator=model.device.type,
             progress=progress,
             on_validation=on_validation,
         )
@@ -115,6 +117,15 @@ def train(
     if state.best:
         _finish(state, loaded, output, details, recipe.seed)
     return state
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called "cpu", "cuda" or "auto" (CUDA where there is one). Raises `ValueError` if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA device, found none; use cpu")
+    return torch.device(name)
 
 
 def _resumed(recipe: Recipe | None, output: Path, start: str | Path | None) -> tuple[Recipe, dict[str, Any]]:

@@ -156,6 +156,15 @@ def test_bad_recipes(
     assert message in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert main(command(run, "gpu", "--device", "cuda")) == 1
+    assert "device: expected a CUDA device, found none" in capsys.readouterr().err
+
+
 def test_bad_models(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model, message in (("nowhere.safetensors", "model: no file at"), ("spookynett", "did you mean 'spookynet'")):
         assert main(["evaluate", "--model", model, "--data", str(run / "data"), "--output", str(tmp_path)]) == 1

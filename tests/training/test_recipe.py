@@ -26,6 +26,14 @@ def test_a_recipe_survives_its_file(tmp_path: Path) -> None:
     assert Recipe.read(tmp_path / "a.toml") == recipe
 
 
+def test_weights_stay_as_given_unless_final_ones_are() -> None:
+    assert Recipe.from_dict({"loss": {"energy": 0.3}}).final_loss is None
+    assert Recipe.from_dict({"seed": 1}).final_loss.energy > Recipe.from_dict({}).loss.energy
+    ramp = Recipe.from_dict({"loss": {"energy": 0.3}, "final_loss": {"energy": 0.6}})
+    assert (ramp.loss.energy, ramp.final_loss.energy) == (0.3, 0.6)
+    assert Recipe.from_dict(Recipe.from_dict({"loss": {"energy": 0.3}}).to_dict()).final_loss is None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
