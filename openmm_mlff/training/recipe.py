@@ -114,9 +114,9 @@ class Recipe:
             raise FileNotFoundError(f"config: no file at {path}")
         try:
             if path.suffix == ".toml":
-                return cls.from_dict(tomllib.loads(path.read_text()))
+                return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
             if path.suffix == ".json":
-                return cls.from_dict(json.loads(path.read_text()))
+                return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"config: {path}: {error}") from error
         if path.suffix not in (".yaml", ".yml"):
@@ -125,7 +125,7 @@ class Recipe:
             import yaml  # type: ignore[import-untyped]
         except ImportError as error:
             raise ImportError("a YAML recipe needs PyYAML (pip install pyyaml); TOML and JSON need nothing") from error
-        return cls.from_dict(yaml.safe_load(path.read_text()))
+        return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tables, as `from_dict` takes them."""

@@ -59,37 +59,13 @@ def train(
     """
     output = Path(output)
     resume = resume and (output / CONFIG).exists()
-    if (output / CONFIG).exists() and not resume:
-        raise FileExistsError(f"output: {output} holds a run already; resume it, or choose another folder")
-    if resume:
-        recipe, config = _resumed(recipe, output, start)
-        loaded = load_data(data, recipe.data, recipe.seed)
-        _check_same(config["data"], loaded.description, "data")
-    else:
-        if recipe is None:
-            raise ValueError(f"recipe: expected one, because {output} holds no run to be resumed, got None")
-        if start is not None:
-            recipe = dataclasses.replace(recipe, model=load_card(start)["config"])
-        loaded = load_data(data, recipe.data, recipe.seed)
-        config = _configuration(recipe, loaded, start, card)
-        write_atomically(output / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    recipe, config, loaded = _prepare(recipe, data, output, resume, start, card)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
     # batches are made where the model is
     model.to(choose_device(device))
-    method = ForceMatching(
-        model,
-        loaded.splits["train"],
-        loaded.splits["valid"],
-        recipe.loss,
-        recipe.final_loss,
-        recipe.batch_size,
-        recipe.seed,
-        recipe.compile,
-        fit_energies=start is None,
-        processes=recipe.processes,
-    )
+    method = _method(recipe, model, loaded, fit_energies=start is None)
     details = {"training_data": loaded.description, "training": config["recipe"], "init": config["init"]}
     details |= config["card"]
 
@@ -101,14 +77,7 @@ def train(
 
     try:
         state = loop.fit(
-            model,
-            method,
-            recipe.loop,
-            output,
-            resume,
-            accelerator=model.device.type,
-            progress=progress,
-            on_validation=on_validation,
+            model, method, recipe.loop, output, resume, model.device.type, progress, on_validation=on_validation
         )
     finally:
         method.close()
@@ -117,6 +86,47 @@ def train(
     if state.best:
         _finish(state, loaded, output, details, recipe.seed)
     return state
+
+
+def _prepare(
+    recipe: Recipe | None,
+    data: Sequence[str | Path],
+    output: Path,
+    resume: bool,
+    start: str | Path | None,
+    card: Mapping[str, Any] | None,
+) -> tuple[Recipe, dict[str, Any], TrainingData]:
+    """The recipe, configuration and data of a run: those of the run to be resumed, or new ones, which are written."""
+    if resume:
+        recipe, config = _resumed(recipe, output, start)
+        loaded = load_data(data, recipe.data, recipe.seed)
+        _check_same(config["data"], loaded.description, "data")
+        return recipe, config, loaded
+    if (output / CONFIG).exists():
+        raise FileExistsError(f"output: {output} holds a run already; resume it, or choose another folder")
+    if recipe is None:
+        raise ValueError(f"recipe: expected one, because {output} holds no run to be resumed, got None")
+    if start is not None:
+        recipe = dataclasses.replace(recipe, model=load_card(start)["config"])
+    loaded = load_data(data, recipe.data, recipe.seed)
+    config = _configuration(recipe, loaded, start, card)
+    write_atomically(output / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    return recipe, config, loaded
+
+
+def _method(recipe: Recipe, model: Potential, data: TrainingData, fit_energies: bool) -> ForceMatching:
+    return ForceMatching(
+        model,
+        data.splits["train"],
+        data.splits["valid"],
+        recipe.loss,
+        recipe.final_loss,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.compile,
+        fit_energies,
+        recipe.processes,
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -132,7 +142,7 @@ def _resumed(recipe: Recipe | None, output: Path, start: str | Path | None) -> t
     """The recipe and the whole configuration of the run in a folder; `ValueError` if another recipe is asked for."""
     if start is not None:
         raise ValueError("init: a run that is resumed has its parameters already; leave it out")
-    config = json.loads((output / CONFIG).read_text())
+    config = json.loads((output / CONFIG).read_text(encoding="utf-8"))
     if recipe is not None:
         _check_same(config["recipe"], recipe.to_dict(), "recipe")
     return Recipe.from_dict(config["recipe"]), config
