@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
     """What a figure depends on."""
     cpu = ""
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": cpu or platform.processor(),

@@ -394,9 +394,9 @@ def main() -> None:
     for name, run in parts.items():
         kept = work / f"{name}.json"
         if name in arguments.parts and not kept.exists():
-            kept.write_text(json.dumps(run()))
+            kept.write_text(json.dumps(run()), encoding="utf-8")
         if kept.exists():
-            result[name] = json.loads(kept.read_text())
+            result[name] = json.loads(kept.read_text(encoding="utf-8"))
             if name != "errors":
                 print(name, json.dumps(result[name], indent=1))
     if "ramachandran" in result:

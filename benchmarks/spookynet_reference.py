@@ -86,7 +86,9 @@ def main() -> None:
     result: dict[str, Any] = {"what": __doc__, "units": "eV, eV/angstrom, e", "machine": machine(), "difference": {}}
     table = Table("set", "precision", "structures", "energy", "energy per atom", "forces", "charges")
     for name in SETS:
-        described = json.loads((SHARED / "data" / "spookynet" / f"{name}.json").read_text())["structures"]
+        described = json.loads((SHARED / "data" / "spookynet" / f"{name}.json").read_text(encoding="utf-8"))[
+            "structures"
+        ]
         arrays = np.load(SHARED / "data" / "spookynet" / f"{name}.npz", allow_pickle=False)
         rows: dict[str, list[dict[str, Any]]] = {}
         for entry in described:

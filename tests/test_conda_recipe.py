@@ -28,12 +28,12 @@ PIP_ONLY = {"so3krates-torch"}
 
 @pytest.fixture(scope="module")
 def project(repository: Path) -> dict[str, Any]:
-    return tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.fixture(scope="module")
 def recipe(repository: Path) -> dict[str, Any]:
-    stage0 = rattler_build.Stage0Recipe.from_yaml((repository / "conda-recipe/recipe.yaml").read_text())
+    stage0 = rattler_build.Stage0Recipe.from_yaml((repository / "conda-recipe/recipe.yaml").read_text(encoding="utf-8"))
     (variant,) = stage0.render(rattler_build.VariantConfig({"python_min": ["3.11"]}))
     return variant.recipe.to_dict()
 
@@ -69,7 +69,7 @@ def test_extras_are_constraints_and_not_installed(recipe: dict[str, Any], projec
 
 
 def test_host_requirements_are_the_build_backend(recipe: dict[str, Any], repository: Path) -> None:
-    build_system = tomllib.loads((repository / "pyproject.toml").read_text())["build-system"]
+    build_system = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     host = conda_bounds(recipe["requirements"]["host"])
     assert host == {"python": "3.11.*", "pip": ""} | lower_bounds(build_system["requires"])
 
@@ -94,6 +94,10 @@ def test_tests_import_every_package_of_the_wheel(recipe: dict[str, Any], reposit
 
 
 def test_a_misspelt_field_would_be_caught(repository: Path) -> None:
-    text = (repository / "conda-recipe/recipe.yaml").read_text().replace("requirements:", "requirement:", 1)
+    text = (
+        (repository / "conda-recipe/recipe.yaml")
+        .read_text(encoding="utf-8")
+        .replace("requirements:", "requirement:", 1)
+    )
     with pytest.raises(Exception, match="requirement"):
         rattler_build.Stage0Recipe.from_yaml(text)

@@ -24,7 +24,12 @@ def fresh_python(code: str, *path: Path) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     # -P: the current folder is not on the path, so that what runs is what is installed
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -85,7 +90,11 @@ def test_every_module_can_be_the_first_one_imported() -> None:
     names = [*modules(), "openmmml"]
     assert {"openmm_mlff.data.structures", "openmm_mlff.cli", "openmm_spookynet"} <= set(names)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", IMPORT_EACH, json.dumps(names)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", IMPORT_EACH, json.dumps(names)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {}
@@ -116,10 +125,10 @@ def fake_distribution(folder: Path, name: str, entry_points: str, **sources: str
     """An installed distribution, as pip would leave it: metadata with entry points, and modules."""
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(entry_points, encoding="utf-8")
     for module, text in sources.items():
-        (folder / f"{module}.py").write_text(text)
+        (folder / f"{module}.py").write_text(text, encoding="utf-8")
 
 
 BROKEN = """
@@ -288,7 +297,7 @@ AFTER_THE_ALLOW_LIST = {"openmm_mlff/forces/serialization.py": 1}
 
 
 def test_nothing_is_unpickled_without_an_allow_list(repository: Path) -> None:
-    found = {str(p.relative_to(repository)): unsafe_loads(p.read_text()) for p in sources(repository)}
+    found = {str(p.relative_to(repository)): unsafe_loads(p.read_text(encoding="utf-8")) for p in sources(repository)}
     assert {path: lines for path, lines in found.items() if len(lines) > AFTER_THE_ALLOW_LIST.get(path, 0)} == {}
 
 
@@ -298,7 +307,7 @@ def test_unsafe_loads_are_recognised() -> None:
 
 
 def test_no_source_file_is_too_long_to_read(repository: Path) -> None:
-    lines = {str(p.relative_to(repository)): p.read_text().count("\n") for p in sources(repository)}
+    lines = {str(p.relative_to(repository)): p.read_text(encoding="utf-8").count("\n") for p in sources(repository)}
     assert {path: n for path, n in lines.items() if n > 480} == {}
 
 

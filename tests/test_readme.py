@@ -16,13 +16,19 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md
 
 
 def test_the_ten_lines_run(repository: Path) -> None:
-    code = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)[0]
+    code = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]) <= 10
     if not list((repository / "plugins/openmm_spookynet/weights").glob("spookynet-ala2-gfn2*.safetensors")):
         pytest.skip("the bundled model has not been trained yet")
     environment = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=repository, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", code],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     energy = re.search(r"(-?\d+\.\d+) kJ/mol", done.stdout)
@@ -32,26 +38,30 @@ def test_the_ten_lines_run(repository: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(repository: Path, page: str) -> None:
-    text = (repository / page).read_text()
+    text = (repository / page).read_text(encoding="utf-8")
     targets = [t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
     missing = [t for t in targets if not (repository / page).parent.joinpath(t).exists()]
     assert not missing
 
 
 def test_the_table_of_commands_is_complete(repository: Path) -> None:
-    listed = re.findall(r"^\| `openmm-mlff (\w+)` \|", (repository / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(
+        r"^\| `openmm-mlff (\w+)` \|", (repository / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert sorted(listed) == sorted(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_named_on_a_page_exist(repository: Path, page: str) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test", "lint", "benchmark", "reproduce"} <= targets
-    assert set(re.findall(r"`make ([a-z-]+)`", (repository / page).read_text())) <= targets
+    assert set(re.findall(r"`make ([a-z-]+)`", (repository / page).read_text(encoding="utf-8"))) <= targets
 
 
 def test_files_named_by_the_makefile_and_its_scripts_exist(repository: Path) -> None:
-    text = (repository / "Makefile").read_text() + (repository / "benchmarks/reproduce.sh").read_text()
+    text = (repository / "Makefile").read_text(encoding="utf-8") + (repository / "benchmarks/reproduce.sh").read_text(
+        encoding="utf-8"
+    )
     named = set(re.findall(r"\b(?:benchmarks|examples)/[\w./-]+\w", text.replace("$recipes", "examples/recipes")))
     assert {"benchmarks/reproduce.sh", "examples/recipes/ala2_gfn2.toml"} <= named
     assert [name for name in sorted(named) if not (repository / name).exists()] == []

@@ -23,7 +23,9 @@ OWN = ("openmm_mlff", "_openmm_mlff", "__editable__", "openmm_spookynet")
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_REQUIRE_VIRTUALENV")}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -48,7 +50,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not entry.name.startswith(OWN) and entry.suffix != ".pth":
             (dependencies / entry.name).symlink_to(entry)
     site_packages = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
-    (Path(site_packages) / "dependencies.pth").write_text(f"{dependencies}\n")
+    (Path(site_packages) / "dependencies.pth").write_text(f"{dependencies}\n", encoding="utf-8")
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     return python
 
@@ -59,7 +61,7 @@ def test_the_wheel_holds_code_weights_and_metadata(wheel: Path, repository: Path
     sources = {}
     for root in (repository, repository / "plugins"):
         for top in root.glob("openmm_*"):
-            for pattern in ("*.py", "py.typed", "*.safetensors", "*.json", "*.pdb"):
+            for pattern in ("*.py", "*.cpp", "py.typed", "*.safetensors", "*.json", "*.pdb"):
                 sources |= {str(p.relative_to(root)): p.read_bytes() for p in top.rglob(pattern)}
     assert {"openmm_mlff/py.typed", "openmm_mlff/cli/__init__.py", "openmm_spookynet/__init__.py"} <= sources.keys()
     assert {n for n in content if ".dist-info/" not in n} == sources.keys()

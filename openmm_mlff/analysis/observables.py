@@ -176,7 +176,7 @@ def energy_drift(time: np.ndarray, energy: np.ndarray, n_atoms: int) -> Estimate
 
 def read_table(path: Any) -> dict[str, np.ndarray]:
     """Columns of a ``log.csv`` by name; raises `ValueError` if the file has no rows."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         names = file.readline().strip().split(",")
         rows = [[float(x) for x in line.split(",")] for line in file if line.strip()]
     if not rows:

@@ -101,7 +101,10 @@ def is_demo(folder: Path) -> bool:
     import json
 
     try:
-        return Path(json.loads((folder / "run.json").read_text())["settings"]["input"]) == start_structure()
+        return (
+            Path(json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["input"])
+            == start_structure()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -197,7 +197,7 @@ def _resumed(args: argparse.Namespace, progress: bool) -> Simulation:
     if args.time is not None:
         path = Path(args.output) / "run.json"
         if path.is_file():
-            steps = steps_of("time", args.time, json.loads(path.read_text())["settings"]["timestep"])
+            steps = steps_of("time", args.time, json.loads(path.read_text(encoding="utf-8"))["settings"]["timestep"])
     return Simulation.resume(args.output, steps, progress)
 
 

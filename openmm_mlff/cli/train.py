@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     state = train(
         recipe, args.data, args.output, args.resume, args.init, args.device, progress=not args.quiet, card=card
     )
-    recipe = Recipe.from_dict(json.loads((Path(args.output) / CONFIG).read_text())["recipe"])
+    recipe = Recipe.from_dict(json.loads((Path(args.output) / CONFIG).read_text(encoding="utf-8"))["recipe"])
     if state.step < recipe.loop.steps and not _stopped_early(state, recipe):
         console.print(f"stopped after step {state.step} of {recipe.loop.steps}; --resume goes on")
         return 130
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     for split in ("test", "valid"):
         report = Path(args.output) / f"{split}_errors.json"
         if report.exists():
-            show_table(json.loads(report.read_text()), f"{split} split")
+            show_table(json.loads(report.read_text(encoding="utf-8")), f"{split} split")
             break
     console.print(f"best step {state.best['step']}; model written to {model}")
     return 0

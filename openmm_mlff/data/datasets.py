@@ -53,7 +53,7 @@ class Dataset:
         if not self.shards:
             raise FileNotFoundError(f"{self.path}: expected a dataset (a folder with shards/*.safetensors), found none")
         card = self.path / "card.json"
-        self.card: dict[str, Any] = json.loads(card.read_text()) if card.exists() else {}
+        self.card: dict[str, Any] = json.loads(card.read_text(encoding="utf-8")) if card.exists() else {}
         headers = [read_header(shard) for shard in self.shards]
         self.failures = {
             f"{p.stem}/{k}": v for p, h in zip(self.shards, headers, strict=True) for k, v in h.failures.items()

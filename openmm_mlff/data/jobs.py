@@ -44,7 +44,7 @@ def claim_folder(folder: str | Path, configuration: Mapping[str, Any]) -> None:
     if not path.exists():
         write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     for key in sorted({*wanted, *found}):
         if wanted.get(key) != found.get(key):
             raise ValueError(
@@ -69,7 +69,7 @@ def _guarded(worker: Worker, argument: Any, path: Path) -> tuple[dict[str, str],
 def _forget(log: Path, tasks: set[str]) -> None:
     """Take the entries of tasks that will run again out of the log."""
     if log.exists():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["task"] not in tasks]
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["task"] not in tasks]
         write_bytes(log, "".join(line + "\n" for line in lines).encode())
 
 
@@ -114,7 +114,7 @@ def run_tasks(
             entries.append({"task": name, "part": "", "error": error})
             outcome.failed[name] = error.strip().splitlines()[-1]
         if entries:
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     with _Bar(title, len(tasks), len(outcome.kept), progress) as bar:

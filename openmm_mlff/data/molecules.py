@@ -86,7 +86,7 @@ def read_smiles(
     Raises `ValueError` naming the line that cannot be read.
     """
     structures: list[Structure] = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         words = line.split(maxsplit=1)
         if not words or words[0].startswith("#"):
             continue

@@ -121,7 +121,7 @@ def save_failure(folder: str | Path, context: openmm.Context, topology: app.Topo
     write_bytes(folder / "state.xml", openmm.XmlSerializer.serialize(state).encode())
     positions = state.getPositions(asNumpy=True)._value
     if np.isfinite(positions).all() and np.abs(positions).max() < 900:
-        with open(folder / "positions.pdb", "w") as file:
+        with open(folder / "positions.pdb", "w", encoding="utf-8") as file:
             app.PDBFile.writeFile(topology, positions * unit.nanometer, file, keepIds=True)
     return folder
 

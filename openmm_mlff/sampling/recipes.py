@@ -80,7 +80,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: expected a recipe in TOML ({error})") from error
     _check_keys("recipe", table, _RECIPE_KEYS, required=("name", "seed", "start", "sets"))

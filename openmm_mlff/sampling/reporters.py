@@ -152,7 +152,7 @@ class TableWriter:
         header = ",".join(["step", "time_ps", *energies, *box, *torsions])
         if keep is not None:
             truncate_table(path, keep, header)
-        self._file = open(path, "w" if keep is None else "a")  # noqa: SIM115 (lives as long as the run)
+        self._file = open(path, "w" if keep is None else "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
         if keep is None:
             self._file.write(header + "\n")
             self._file.flush()

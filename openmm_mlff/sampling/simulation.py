@@ -133,7 +133,7 @@ class Simulation:
         }
         output.mkdir(parents=True, exist_ok=True)
         write_bytes(output / "system.xml", openmm.XmlSerializer.serialize(built.system).encode())
-        with open(output / "start.pdb", "w") as file:
+        with open(output / "start.pdb", "w", encoding="utf-8") as file:
             app.PDBFile.writeFile(built.topology, built.positions * unit.nanometer, file, keepIds=True)
         context = openmm.Context(built.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
         context.setPositions(built.positions)
@@ -160,7 +160,7 @@ class Simulation:
         output = Path(output)
         if not (output / "run.json").is_file():
             raise FileNotFoundError(f"resume: no run.json in {output}")
-        configuration = json.loads((output / "run.json").read_text())
+        configuration = json.loads((output / "run.json").read_text(encoding="utf-8"))
         if configuration["format"] > FORMAT:
             raise ValueError(
                 f"resume: {output} has format {configuration['format']}, this version reads up to {FORMAT}"
@@ -183,7 +183,7 @@ class Simulation:
         if self._checkpoint.phase == "production" and steps < self._checkpoint.step:
             raise ValueError(f"steps: expected at least {self._checkpoint.step}, which are done already, got {steps}")
         self.settings = self.settings.replace(steps=steps)
-        configuration = json.loads((self.output / "run.json").read_text())
+        configuration = json.loads((self.output / "run.json").read_text(encoding="utf-8"))
         write_json(self.output / "run.json", configuration | {"settings": self.settings.to_dict()})
 
     def _explain_resume(self, before: Mapping[str, str]) -> None:
@@ -401,7 +401,7 @@ class Simulation:
             positions = self._trajectory.imaged(positions, state.getPeriodicBoxVectors(asNumpy=True)._value)
             topology = copy.deepcopy(topology)
             topology.setPeriodicBoxVectors(state.getPeriodicBoxVectors())
-        with open(self.output / "final.pdb", "w") as file:
+        with open(self.output / "final.pdb", "w", encoding="utf-8") as file:
             app.PDBFile.writeFile(topology, positions * unit.nanometer, file, keepIds=True)
 
     def _failed(self, phase: str, step: int, cause: openmm.OpenMMException | str) -> BaseException:

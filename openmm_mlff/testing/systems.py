@@ -213,7 +213,7 @@ def run_in_fresh_process(model: Potential, structure: Structure) -> dict[str, tu
             topology, charge=structure.charge, multiplicity=structure.multiplicity, precision="double", maxForce=None
         )
         (options,) = {o for force in system.getForces() for o in stored_options(force)}
-        (Path(folder) / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+        (Path(folder) / "system.xml").write_text(openmm.XmlSerializer.serialize(system), encoding="utf-8")
         (Path(folder) / "force.pkl").write_bytes(pickle.dumps(ForceComputation(options)))
         path.unlink()
         positions = json.dumps((structure.positions * NM_PER_ANGSTROM).tolist())

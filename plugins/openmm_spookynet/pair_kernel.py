@@ -52,7 +52,13 @@ def library(features: int, radial: int, angular_d: int, dtype: torch.dtype) -> c
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
             target = os.path.join(temporary, "kernel.so")
-            run = subprocess.run([found, *FLAGS, *sizes, str(SOURCE), "-o", target], capture_output=True, text=True)
+            run = subprocess.run(
+                [found, *FLAGS, *sizes, str(SOURCE), "-o", target],
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            )
             if run.returncode:
                 raise RuntimeError(f"compile: {found} failed: {run.stderr.strip()}")
             os.replace(target, path)

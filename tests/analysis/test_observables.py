@@ -122,10 +122,10 @@ def test_drift_and_its_error_bar() -> None:
 
 
 def test_a_table_is_read_back(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("step,x\n0,1.5\n10,-2\n")
+    (tmp_path / "log.csv").write_text("step,x\n0,1.5\n10,-2\n", encoding="utf-8")
     table = observables.read_table(tmp_path / "log.csv")
     np.testing.assert_array_equal(table["step"], [0, 10])
     np.testing.assert_array_equal(table["x"], [1.5, -2.0])
-    (tmp_path / "log.csv").write_text("step,x\n")
+    (tmp_path / "log.csv").write_text("step,x\n", encoding="utf-8")
     with pytest.raises(ValueError, match="at least one row"):
         observables.read_table(tmp_path / "log.csv")

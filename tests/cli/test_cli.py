@@ -109,7 +109,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 def test_version_and_module_entry() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "openmm_mlff", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "openmm_mlff", "--version"], capture_output=True, text=True, encoding="utf-8", check=True
     )
     assert done.stdout.split() == ["openmm-mlff", openmm_mlff.__version__]
 
@@ -117,5 +117,5 @@ def test_version_and_module_entry() -> None:
 def test_a_closed_pipe_ends_quietly() -> None:
     code = "import sys, time; from openmm_mlff.cli import main; time.sleep(0.5); sys.exit(main([]))"
     pipeline = f'"{sys.executable}" -c "{code}" | true; echo ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", pipeline], capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", pipeline], capture_output=True, text=True, encoding="utf-8", errors="replace")
     assert (done.stdout.split(), done.stderr) == (["1"], "")

@@ -38,7 +38,7 @@ def test_label_info_split_merge_and_export(tmp_path: Path, capsys: pytest.Captur
     options = ("--group-by", "block:2", "--split", "train=0.6,test=0.4", "--block", 4, "--no-progress")
     assert dataset_command("label", tmp_path / "in.extxyz", "-o", one, *options) == 0
     assert "failures  0" in capsys.readouterr().out
-    configuration = json.loads((one / "configuration.json").read_text())
+    configuration = json.loads((one / "configuration.json").read_text(encoding="utf-8"))
     assert configuration["sampling"]["sources"][0]["input"] == "in.extxyz"
     assert Dataset(one).card["splits"]["structures"] == {"train": 4, "test": 2}
     assert dataset_command("info", one, "--verify") == 0

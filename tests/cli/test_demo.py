@@ -39,7 +39,7 @@ def test_the_length_follows_the_speed() -> None:
 def test_only_the_files_of_a_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / "failure").mkdir()
     for name in ("run.json", "log.csv", "failure/state.xml", "mine.txt"):
-        (tmp_path / name).write_text("x")
+        (tmp_path / name).write_text("x", encoding="utf-8")
     demo.remove_run(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["failure", "mine.txt"]
     demo.remove_run(tmp_path / "nothing")
@@ -53,7 +53,7 @@ def test_a_former_demo_is_told_from_another_run(tmp_path: Path) -> None:
         ("no json", False),
         ("[]", False),
     ):
-        (tmp_path / "run.json").write_text(text)
+        (tmp_path / "run.json").write_text(text, encoding="utf-8")
         assert demo.is_demo(tmp_path) == expected
 
 

@@ -71,7 +71,7 @@ def test_a_run_and_its_continuation(
     assert {"phi", "psi", "chi"} <= set(table)
     assert simulate("--resume", "-o", folder, "--time", 0.03, "--quiet") == 0
     assert read_table(folder / "log.csv")["step"][-1] == 60
-    settings = json.loads((folder / "run.json").read_text())["settings"]
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
     assert settings["model"] == "spookynet" and settings["steps"] == 60 and settings["seed"] == 3
 
 
@@ -116,9 +116,11 @@ def test_an_unphysical_run_ends_with_a_message(
 def test_ctrl_c_gives_a_checkpoint_and_the_status_of_a_shell(alanine: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "openmm_mlff", "simulate", alanine, "-o", str(folder), "--ml-region", "none"]
-    process = subprocess.Popen([*command, "--steps", "100000000"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--steps", "100000000"], stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
+    )
     end = time.monotonic() + 60
-    while not (folder / "log.csv").exists() or (folder / "log.csv").read_text().count("\n") < 5:
+    while not (folder / "log.csv").exists() or (folder / "log.csv").read_text(encoding="utf-8").count("\n") < 5:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
@@ -127,4 +129,4 @@ def test_ctrl_c_gives_a_checkpoint_and_the_status_of_a_shell(alanine: str, tmp_p
     assert "stopped by SIGINT in production at step" in err and "Traceback" not in err
     step = int(err.split("in production at step ")[1].split(";")[0])
     assert simulate("--resume", "-o", folder, "--steps", step + 7, "--quiet") == 0
-    assert json.loads((folder / "run.json").read_text())["settings"]["steps"] == step + 7
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["steps"] == step + 7

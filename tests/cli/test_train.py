@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     write_dataset(folder / "data", molecules(32), name="waters", method={"method": "random"}, sampling={})
     split_dataset(folder / "data", {"train": 0.5, "valid": 0.25, "test": 0.25}, seed=1)
-    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    (folder / "recipe.json").write_text(json.dumps(RECIPE), encoding="utf-8")
     assert main(command(folder, "run", "--name", "tiny-water")) == 0
     return folder
 
@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
     names = {"config.json", "checkpoint.pt", "history.csv", "history.json", "loss.png", "model.safetensors"}
     names |= {f"{split}_{what}" for split in ("valid", "test") for what in ("errors.json", "parity.png")}
     assert {p.name for p in (run / "run").iterdir()} == names
-    config = json.loads((run / "run" / "config.json").read_text())
+    config = json.loads((run / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["recipe"]["seed"] == config["recipe"]["loop"]["seed"] == 4
     assert config["recipe"]["loop"]["optimizer"] == "adamw"
 
@@ -68,11 +68,11 @@ def test_the_card_says_what_the_model_was_made_from(run: Path) -> None:
     data = card["training_data"]
     shard = next(iter((run / "data" / "shards").iterdir()))
     assert data["sources"][0]["shards"] == {shard.name: sha256(shard)}
-    recorded = json.loads((run / "data" / "card.json").read_text())["splits"]["groups"]
+    recorded = json.loads((run / "data" / "card.json").read_text(encoding="utf-8"))["splits"]["groups"]
     assert data["groups"] == {name: recorded[name] for name in ("train", "valid", "test")}
     assert data["structures"] == {"train": 16, "valid": 8, "test": 8}
     assert card["name"] == "tiny-water" and card["elements"] == [1, 8] and card["training"]["seed"] == 4
-    errors = json.loads((run / "run" / "test_errors.json").read_text())
+    errors = json.loads((run / "run" / "test_errors.json").read_text(encoding="utf-8"))
     assert card["accuracy"]["test"] == {"units": errors["units"], **errors["tables"]["all"][0]}
 
 
@@ -81,9 +81,9 @@ def test_evaluate_agrees_with_numpy(run: Path, tmp_path: Path, capsys: pytest.Ca
     arguments = ["evaluate", "--model", str(model_path), "--data", str(run / "data"), "--split", "test"]
     assert main([*arguments, "--output", str(tmp_path), "--by", "charge", "--precision", "double"]) == 0
     assert "MAE by charge" in capsys.readouterr().out
-    report = json.loads((tmp_path / "evaluation_errors.json").read_text())
+    report = json.loads((tmp_path / "evaluation_errors.json").read_text(encoding="utf-8"))
     model = load_potential(model_path).double()
-    split = json.loads((run / "data" / "card.json").read_text())["splits"]["groups"]["test"]
+    split = json.loads((run / "data" / "card.json").read_text(encoding="utf-8"))["splits"]["groups"]["test"]
     structures = [s for s in molecules(32) if s.group in split]
     energy, force, dipole = [], [], []
     for s in structures:
@@ -100,7 +100,7 @@ def test_evaluate_agrees_with_numpy(run: Path, tmp_path: Path, capsys: pytest.Ca
     table = {r["name"]: r for r in report["tables"]["charge"]}
     assert table["+1"]["structures"] == len(charged)
     assert table["+1"]["forces_mae"] == pytest.approx(1e3 * np.mean(np.abs(np.array(force)[charged])), rel=1e-9)
-    config = json.loads((tmp_path / "evaluation_config.json").read_text())
+    config = json.loads((tmp_path / "evaluation_config.json").read_text(encoding="utf-8"))
     assert config["model"]["sha256"] == sha256(model_path) and config["split"] == "test"
 
 
@@ -108,7 +108,7 @@ def test_evaluate_reads_files(run: Path, tmp_path: Path) -> None:
     write_structures(tmp_path / "w.extxyz", molecules(4))
     model = str(run / "run" / "model.safetensors")
     assert main(["evaluate", "--model", model, "--data", str(tmp_path / "w.extxyz"), "--output", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "evaluation_errors.json").read_text())
+    report = json.loads((tmp_path / "evaluation_errors.json").read_text(encoding="utf-8"))
     assert report["tables"]["all"][0]["structures"] == len(read_structures(tmp_path / "w.extxyz"))
 
 
@@ -118,7 +118,7 @@ def test_training_goes_on_from_a_model(run: Path) -> None:
     tuned, first = load_potential(run / "tuned" / "model.safetensors"), load_potential(model)
     for (name, a), b in zip(tuned.named_parameters(), first.parameters(), strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-7, err_msg=name)
-    config = json.loads((run / "tuned" / "config.json").read_text())
+    config = json.loads((run / "tuned" / "config.json").read_text(encoding="utf-8"))
     assert config["init"] == {"file": "model.safetensors", "sha256": sha256(model)}
     assert main(command(run, "tuned", "--resume", config=False)) == 0
 
@@ -150,7 +150,7 @@ def test_resume_refuses_other_data_and_options(run: Path, tmp_path: Path, capsys
 def test_bad_recipes(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], message: str
 ) -> None:
-    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE | change))
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE | change), encoding="utf-8")
     arguments = ["train", "--data", str(run / "data"), "--output", str(tmp_path / "run"), "--quiet"]
     assert main([*arguments, "--config", str(tmp_path / "recipe.json")]) == 1
     assert message in capsys.readouterr().err

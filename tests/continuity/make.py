@@ -76,7 +76,7 @@ def main(family: str) -> None:
             }
         )
     path.with_suffix(".json").write_text(
-        json.dumps({"sha256": sha256_of(path), "seed": SEED, "structures": results}, indent=1) + "\n"
+        json.dumps({"sha256": sha256_of(path), "seed": SEED, "structures": results}, indent=1) + "\n", encoding="utf-8"
     )
 
 

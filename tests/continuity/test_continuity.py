@@ -25,7 +25,7 @@ def test_every_family_and_format_has_a_file() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_the_same_energy_for_ever(path: Path) -> None:
-    stored = json.loads(path.with_suffix(".json").read_text())
+    stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     model_file.verify(path, stored["sha256"])
     model = load_potential(path)
     assert model.dtype == torch.float64

@@ -239,9 +239,9 @@ def test_joining_keeps_splits_and_refuses_to_mix(tmp_path: Path) -> None:
     assert not {s.group for s in joined.load("train")} & {s.group for s in joined.load("test")}
     with pytest.raises(ValueError, match=r"method: .* differ"):
         concatenate([tmp_path / "one", tmp_path / "three"], tmp_path / "bad", "bad")
-    card = json.loads((tmp_path / "two" / "card.json").read_text())
+    card = json.loads((tmp_path / "two" / "card.json").read_text(encoding="utf-8"))
     card["splits"]["groups"]["train"].append(joined.splits["test"][0])
-    (tmp_path / "two" / "card.json").write_text(json.dumps(card))
+    (tmp_path / "two" / "card.json").write_text(json.dumps(card), encoding="utf-8")
     with pytest.raises(ValueError, match="in two splits"):
         concatenate([tmp_path / "one", tmp_path / "two"], tmp_path / "bad", "bad")
 

@@ -68,7 +68,8 @@ def test_extxyz_written_by_hand(tmp_path: Path) -> None:
         "2\n"
         'Properties=species:S:1:pos:R:3:REF_forces:R:3 REF_energy=-1.25 total_charge=-1 spin=2 source="a paper"\n'
         "O 0.0 0.0 0.0 0.1 0.0 0.0\n"
-        "H 0.0 0.0 0.97 -0.1 0.0 0.0\n"
+        "H 0.0 0.0 0.97 -0.1 0.0 0.0\n",
+        encoding="utf-8",
     )
     (structure,) = read_structures(tmp_path / "a.xyz")
     assert (structure.charge, structure.multiplicity, structure.energy) == (-1, 2, -1.25)
@@ -81,14 +82,14 @@ def test_extxyz_written_by_hand(tmp_path: Path) -> None:
 def test_options_are_for_files_that_do_not_say(tmp_path: Path) -> None:
     write_structures(tmp_path / "a.extxyz", labelled(n=1))
     assert read_structures(tmp_path / "a.extxyz", charge=5, multiplicity=7)[0].charge == 1
-    (tmp_path / "b.xyz").write_text("1\n\nNa 0 0 0\n")
+    (tmp_path / "b.xyz").write_text("1\n\nNa 0 0 0\n", encoding="utf-8")
     (ion,) = read_structures(tmp_path / "b.xyz", charge=1)
     assert (ion.charge, ion.multiplicity) == (1, 1)
 
 
 def test_slabs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.xyz").write_text(
-        '1\nLattice="5 0 0 0 5 0 0 0 5" pbc="T T F" Properties=species:S:1:pos:R:3\nNa 0 0 0\n'
+        '1\nLattice="5 0 0 0 5 0 0 0 5" pbc="T T F" Properties=species:S:1:pos:R:3\nNa 0 0 0\n', encoding="utf-8"
     )
     with pytest.raises(ValueError, match="pbc: "):
         read_structures(tmp_path / "a.xyz")
@@ -195,7 +196,7 @@ def test_many_models_of_a_pdb(shared: Path) -> None:
 
 def test_smiles_give_charge_multiplicity_and_geometry(tmp_path: Path) -> None:
     pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
-    (tmp_path / "a.smi").write_text("# comment\nC[NH3+] methylammonium\n\n[CH3]\n[O-]C=O formate\n")
+    (tmp_path / "a.smi").write_text("# comment\nC[NH3+] methylammonium\n\n[CH3]\n[O-]C=O formate\n", encoding="utf-8")
     structures = read_structures(tmp_path / "a.smi", conformers=2, seed=5)
     assert [s.formula for s in structures[::2]] == ["CH6N", "CH3", "CHO2"]
     assert [(s.charge, s.multiplicity) for s in structures[::2]] == [(1, 1), (0, 2), (-1, 1)]
@@ -205,7 +206,7 @@ def test_smiles_give_charge_multiplicity_and_geometry(tmp_path: Path) -> None:
     np.testing.assert_array_equal(structures[1].positions, again[1].positions)
     cn = np.linalg.norm(structures[0].positions[1] - structures[0].positions[0])
     assert cn == pytest.approx(1.5, abs=0.05)
-    (tmp_path / "b.smi").write_text("CCO\nC1CC\n")
+    (tmp_path / "b.smi").write_text("CCO\nC1CC\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"b.smi, line 2: .*'C1CC'"):
         read_structures(tmp_path / "b.smi")
 
@@ -230,7 +231,7 @@ def test_sdf(tmp_path: Path) -> None:
 def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    (tmp_path / "a.smi").write_text("C\n")
+    (tmp_path / "a.smi").write_text("C\n", encoding="utf-8")
     (tmp_path / "a.h5").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "rdkit", None)
     monkeypatch.setitem(sys.modules, "h5py", None)
@@ -250,7 +251,7 @@ def test_damaged_files_are_value_errors(tmp_path: Path, ending: str) -> None:
 def test_unknown_files_and_units(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_structures(tmp_path / "missing.xyz")
-    (tmp_path / "a.docx").write_text("")
+    (tmp_path / "a.docx").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"expected a file ending in .*got 'a.docx'"):
         read_structures(tmp_path / "a.docx")
     with pytest.raises(ValueError, match="e_unit: unknown unit 'kcal'; did you mean 'kcal/mol'"):

@@ -28,7 +28,7 @@ class Worker:
             raise KeyboardInterrupt
         if argument in self.fails:
             raise RuntimeError(f"cannot do {argument}")
-        path.write_text(str(argument))
+        path.write_text(str(argument), encoding="utf-8")
         return {"odd part": "left out"} if argument == 1 else {}
 
 
@@ -44,7 +44,7 @@ def test_failures_are_logged_and_the_rest_goes_on(tmp_path: Path) -> None:
         "task-2": "RuntimeError: cannot do 2",
         "task-4": "RuntimeError: cannot do 4",
     }
-    entries = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["task"] for entry in entries] == ["task-1", "task-2", "task-4"]
     assert "Traceback" in entries[1]["error"]
 
@@ -56,7 +56,7 @@ def test_a_second_run_tries_only_what_is_missing(tmp_path: Path) -> None:
     assert second.calls == [2, 4]
     assert outcome.made == ["task-2"]
     assert sorted(outcome.kept) == ["task-0", "task-1", "task-3", "task-5"]
-    entries = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["task"] for entry in entries] == ["task-1", "task-4"]
 
 
@@ -67,7 +67,7 @@ def test_an_interrupt_stops_and_the_next_run_goes_on(tmp_path: Path) -> None:
     outcome = run(tmp_path, second)
     assert second.calls == [3, 4, 5]
     assert len(outcome.kept) == 3
-    assert sorted(path.read_text() for path in (tmp_path / "out").iterdir()) == list("012345")
+    assert sorted(path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()) == list("012345")
 
 
 def test_a_folder_belongs_to_one_configuration(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_structure_that_fails_is_logged_counted_and_skipped(tmp_path: Path) ->
     assert len(dataset) == 3
     for expected, found in zip(kept, dataset, strict=True):
         np.testing.assert_array_equal(expected, found.positions)
-    log = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["part"] for entry in log] == ["1", "3"]
     assert "2S+1 must be" in log[0]["error"]
     assert "HNp" in log[1]["error"]

@@ -71,7 +71,7 @@ def test_no_half_written_files(tmp_path: Path, path: Path, monkeypatch: pytest.M
 
 
 def test_permissions_are_those_of_any_new_file(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("x")
+    (tmp_path / "plain").write_text("x", encoding="utf-8")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -132,7 +132,7 @@ def test_malicious_pickles_are_not_executed(tmp_path: Path, name: str, how: str)
     assert not target.exists()
     # the payload is real
     pickle.loads(pickle.dumps(payload))
-    assert target.read_text() == "executed"
+    assert target.read_text(encoding="utf-8") == "executed"
 
 
 def test_foreign_safetensors(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from openmm_mlff.potentials.family import find_family
 def run(repository: Path, name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(repository / "examples" / name), *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=os.environ | environment, check=False,
+        capture_output=True, text=True, encoding="utf-8", timeout=300, env=os.environ | environment, check=False,
     )  # fmt: skip
 
 

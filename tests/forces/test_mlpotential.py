@@ -119,7 +119,7 @@ def test_truncated_file(model_path: Path, tmp_path: Path, keep: int) -> None:
 @pytest.mark.parametrize("ending", ["safetensors", "pth", "txt"])
 def test_foreign_file(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"notes.{ending}"
-    path.write_text("not a model")
+    path.write_text("not a model", encoding="utf-8")
     with pytest.raises(ValueError, match=r"modelPath: notes\.\w+ is (damaged|not a|neither)"):
         MLPotential("spookynet", modelPath=path)
 

@@ -36,7 +36,7 @@ PLATFORMS = ("Reference", "CPU", "OpenCL")
 def structures_of(folder: Path, name: str) -> list[dict[str, Any]]:
     arrays = np.load(folder / f"{name}.npz")
     found = []
-    for entry in json.loads((folder / f"{name}.json").read_text())["structures"]:
+    for entry in json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["structures"]:
         key = entry["key"]
         mine = {n.removeprefix(key): arrays[n] for n in arrays.files if n.startswith(key)}
         found.append({**entry, **mine})
@@ -373,7 +373,7 @@ def test_xml_runs_in_another_process_after_the_model_has_moved(model_path: Path,
     own.write_bytes(model_path.read_bytes())
     system = MLPotential("spookynet", modelPath=own).createSystem(topology_of(WATER))
     expected = energy_of(context_of(system, WATER_POSITIONS))
-    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(system), encoding="utf-8")
     own.unlink()
     out = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "system.xml"), json.dumps(WATER_POSITIONS.tolist())],

@@ -82,7 +82,7 @@ def options_of(system: openmm.System) -> str:
 
 def test_round_trip(system: openmm.System, tmp_path: Path) -> None:
     xml = openmm.XmlSerializer.serialize(system)
-    (tmp_path / "system.xml").write_text(xml)
+    (tmp_path / "system.xml").write_text(xml, encoding="utf-8")
     expected = energy_of(context_of(system, WATER_POSITIONS))
     for source in (xml, tmp_path / "system.xml", str(tmp_path / "system.xml")):
         loaded = load_system(source)
@@ -131,7 +131,7 @@ def test_mm_system_state_and_integrator(system: openmm.System, tmp_path: Path) -
         assert openmm.XmlSerializer.serialize(loaded) == xml
     state = context_of(system, WATER_POSITIONS).getState(positions=True, velocities=True, energy=True, forces=True)
     xml = openmm.XmlSerializer.serialize(state)
-    (tmp_path / "state.xml").write_text(xml)
+    (tmp_path / "state.xml").write_text(xml, encoding="utf-8")
     np.testing.assert_array_equal(load_state(tmp_path / "state.xml").getPositions(asNumpy=True)._value, WATER_POSITIONS)
 
 

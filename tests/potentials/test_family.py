@@ -86,13 +86,15 @@ def test_a_broken_plugin_fails_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert find_family("spookynet").name == "spookynet"
     assert [f.name for f in families.families()].count("spookynet") == 1
     # a file that no intact family claims does not trip over it
-    (tmp_path / "model.xyz").write_text("what")
+    (tmp_path / "model.xyz").write_text("what", encoding="utf-8")
     with pytest.raises(ValueError, match=r"modelPath: model.xyz is neither"):
         load_potential(tmp_path / "model.xyz")
 
 
 def test_a_plugin_that_fails_when_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "exploding_plugin_module.py").write_text("raise RuntimeError('the library it needs is too old')")
+    (tmp_path / "exploding_plugin_module.py").write_text(
+        "raise RuntimeError('the library it needs is too old')", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     register(monkeypatch, exploding="exploding_plugin_module:family")
     with pytest.raises(ImportError, match=r"RuntimeError: the library it needs is too old"):

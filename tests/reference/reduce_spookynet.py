@@ -21,7 +21,7 @@ def reduce(folder: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     for source in ("visible", "elements_visible", "lrcutoff_visible"):
         arrays = np.load(folder / f"{source}.npz", allow_pickle=False)
-        for structure in json.loads((folder / f"{source}.json").read_text())["structures"]:
+        for structure in json.loads((folder / f"{source}.json").read_text(encoding="utf-8"))["structures"]:
             prefix = f"{source.removesuffix('_visible')}/{structure['name']}"
             for name in KEPT:
                 key = structure["key"] + name

@@ -271,7 +271,7 @@ stride = 5
 
 def test_a_recipe_becomes_a_dataset_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
-    (tmp_path / "r.toml").write_text(SMALL)
+    (tmp_path / "r.toml").write_text(SMALL, encoding="utf-8")
     recipe = read_recipe(tmp_path / "r.toml")
     dataset = sample(recipe, tmp_path / "out", progress=False)
     assert dataset.card["splits"]["groups"] == {"train": ["window-000", "window-001"], "test": ["free-000"]}
@@ -286,20 +286,20 @@ def test_a_recipe_becomes_a_dataset_and_resumes(tmp_path: Path) -> None:
     again = sample(recipe, tmp_path / "out", progress=False)
     assert kept.stat().st_mtime_ns == before
     assert again.card["shards"] == dataset.card["shards"]
-    (tmp_path / "r.toml").write_text(SMALL.replace('smiles = "OO"', 'smiles = "SS"'))
+    (tmp_path / "r.toml").write_text(SMALL.replace('smiles = "OO"', 'smiles = "SS"'), encoding="utf-8")
     with pytest.raises(ValueError, match=r"recipe: .* was begun with"):
         sample(read_recipe(tmp_path / "r.toml"), tmp_path / "out", progress=False)
     moved = replace(recipe, plans=tuple(replace(p, start=PEROXIDE) for p in recipe.plans))
     with pytest.raises(ValueError, match=r"start_sha256: .* was begun with"):
         sample(moved, tmp_path / "out", progress=False)
-    (tmp_path / "r.toml").write_text(SMALL.replace("seed = 3", "seed = 4"))
+    (tmp_path / "r.toml").write_text(SMALL.replace("seed = 3", "seed = 4"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"recipe: .* was begun with"):
         sample(read_recipe(tmp_path / "r.toml"), tmp_path / "out", progress=False)
 
 
 def test_a_trajectory_that_fails_is_logged_and_the_others_go_on(tmp_path: Path) -> None:
     pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
-    (tmp_path / "r.toml").write_text(SMALL)
+    (tmp_path / "r.toml").write_text(SMALL, encoding="utf-8")
     recipe = read_recipe(tmp_path / "r.toml")
     good = [p for p in recipe.plans if p.name != "window-000"]
     # atoms 1 and 3 of this torsion are not bonded to one another
@@ -308,7 +308,7 @@ def test_a_trajectory_that_fails_is_logged_and_the_others_go_on(tmp_path: Path) 
     assert set(dataset.groups) == {"window-001", "free-000"}
     assert dataset.card["failures"]["count"] == 1
     assert "expected a bond between atoms 1 and 3" in next(iter(dataset.card["failures"]["reasons"]))
-    assert "window-000" in (tmp_path / "out" / "failures.jsonl").read_text()
+    assert "window-000" in (tmp_path / "out" / "failures.jsonl").read_text(encoding="utf-8")
     with pytest.raises(LabelError, match="not one of 1 trajectories"):
         sample(replace(recipe, plans=(bad,), table={}), tmp_path / "none", progress=False)
 
@@ -330,12 +330,12 @@ def test_a_trajectory_that_fails_is_logged_and_the_others_go_on(tmp_path: Path) 
 def test_mistakes_in_recipes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
     assert old in SMALL
-    (tmp_path / "r.toml").write_text(SMALL.replace(old, new, 1))
+    (tmp_path / "r.toml").write_text(SMALL.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / "r.toml")
 
 
 def test_recipe_with_an_ase_calculator(tmp_path: Path) -> None:
     pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
-    (tmp_path / "r.toml").write_text(SMALL + '[method]\ncalculator = "lj"\nkwargs = { rc = 9.0 }\n')
+    (tmp_path / "r.toml").write_text(SMALL + '[method]\ncalculator = "lj"\nkwargs = { rc = 9.0 }\n', encoding="utf-8")
     assert read_recipe(tmp_path / "r.toml").method == ASEReference("lj", {"rc": 9.0})

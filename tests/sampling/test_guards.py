@@ -78,8 +78,8 @@ def test_a_failure_is_saved_even_with_nan(molecule: tuple, tmp_path: Path) -> No
     context.setPositions(np.full_like(positions, np.nan))
     save_failure(tmp_path / "nan", context, topology, "why")
     assert not (tmp_path / "nan" / "positions.pdb").exists()
-    assert (tmp_path / "nan" / "message.txt").read_text() == "why\n"
-    restored = openmm.XmlSerializer.deserialize((tmp_path / "nan" / "integrator.xml").read_text())
+    assert (tmp_path / "nan" / "message.txt").read_text(encoding="utf-8") == "why\n"
+    restored = openmm.XmlSerializer.deserialize((tmp_path / "nan" / "integrator.xml").read_text(encoding="utf-8"))
     assert restored.getStepSize()._value == 0.001
 
 

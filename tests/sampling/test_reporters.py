@@ -96,7 +96,7 @@ def test_rows_survive_a_cut_and_go_on(tmp_path: Path) -> None:
     table.close()
     assert cut.read_bytes() == whole.read_bytes()
     # a quarter turn, clockwise along the axis
-    assert whole.read_text().splitlines()[1].endswith(",90.0000")
+    assert whole.read_text(encoding="utf-8").splitlines()[1].endswith(",90.0000")
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_density_of_a_known_box(tmp_path: Path) -> None:
     side = (18015.3 * 1.66053906660e-24 * 1e21) ** (1 / 3)
     table.write(0, 0.0, 0.0, 0.0, 0.0, np.zeros((1, 3)), np.eye(3) * side)
     table.close()
-    assert float(path.read_text().splitlines()[1].split(",")[-1]) == pytest.approx(1.0, abs=1e-6)
+    assert float(path.read_text(encoding="utf-8").splitlines()[1].split(",")[-1]) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_molecules_are_moved_whole_to_the_image_nearest_to_the_centre() -> None:

@@ -46,8 +46,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     with pytest.raises(TypeError):
         write_bytes(path, "text")  # type: ignore[arg-type]
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
     # as readable as a file that is written the ordinary way
-    (tmp_path / "other").write_text("x")
+    (tmp_path / "other").write_text("x", encoding="utf-8")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)

@@ -50,7 +50,9 @@ def run(settings: RunSettings, folder: Path) -> Simulation:
 
 def spawn(mode: str, folder: Path, settings: RunSettings) -> subprocess.Popen:
     command = [sys.executable, "-c", RUN, mode, str(folder), json.dumps(settings.to_dict())]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 60.0) -> None:
@@ -71,7 +73,9 @@ def same_run(one: Path, other: Path) -> None:
     assert (one / "log.csv").read_bytes() == (other / "log.csv").read_bytes()
     # the header holds the hour of its making
     assert (one / "trajectory.dcd").read_bytes()[276:] == (other / "trajectory.dcd").read_bytes()[276:]
-    assert (one / "final_state.xml").read_text() == (other / "final_state.xml").read_text()
+    assert (one / "final_state.xml").read_text(encoding="utf-8") == (other / "final_state.xml").read_text(
+        encoding="utf-8"
+    )
 
 
 def gas(alanine: str, **changes: Any) -> RunSettings:
@@ -146,7 +150,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     # box vectors as CRYST1 has them, so small that the pair lists hold images and change
     boxed = tmp_path / "boxed.pdb"
     boxed.write_text(
-        "CRYST1   13.000   14.000   12.500  90.00  90.00  90.00 P 1           1\n" + Path(alanine).read_text()
+        "CRYST1   13.000   14.000   12.500  90.00  90.00  90.00 P 1           1\n"
+        + Path(alanine).read_text(encoding="utf-8")
     )
     settings = {
         "periodic network": small_network(
@@ -192,7 +197,7 @@ def test_signals_end_a_run_with_a_checkpoint(number: signal.Signals, alanine: st
     if int(step) % settings.checkpoint_interval:
         assert "not bit for bit: it was stopped between two regular checkpoints" in said[0]
     np.testing.assert_array_equal(read_table(folder / "log.csv")["step"], np.arange(0, more + 1, 50))
-    assert json.loads((folder / "run.json").read_text())["settings"]["steps"] == more
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["steps"] == more
 
 
 def test_a_signal_during_minimisation_starts_it_again(alanine: str, tmp_path: Path) -> None:
@@ -271,7 +276,7 @@ def test_exploding_forces_stop_the_run_and_save_it(alanine: str, tmp_path: Path)
     assert system.getNumParticles() == len(state.getPositions()) == 22
     assert isinstance(load_integrator(failure / "integrator.xml"), openmm.LangevinMiddleIntegrator)
     assert len(app.PDBFile(str(failure / "positions.pdb")).positions) == 22
-    assert "max_force" in (failure / "message.txt").read_text()
+    assert "max_force" in (failure / "message.txt").read_text(encoding="utf-8")
 
 
 def test_nan_from_the_network_stops_the_run_and_names_the_atom(
@@ -317,7 +322,9 @@ def test_a_run_with_a_time_limit_ends_at_a_checkpoint(alanine: str, tmp_path: Pa
     result = simulation.run(seconds=0.5)
     assert 0.5 < time.monotonic() - begin < 30 and result.finished
     assert 0 < result.step < settings.steps and result.step % 300 == 0
-    assert json.loads((tmp_path / "limited" / "run.json").read_text())["settings"]["steps"] == result.step
+    assert (
+        json.loads((tmp_path / "limited" / "run.json").read_text(encoding="utf-8"))["settings"]["steps"] == result.step
+    )
     run(settings.replace(steps=result.step), tmp_path / "planned")
     same_run(tmp_path / "limited", tmp_path / "planned")
 
@@ -331,7 +338,7 @@ def test_folders_are_not_mixed_up(alanine: str, tmp_path: Path) -> None:
         Simulation.resume(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"^steps: expected at least 40"):
         Simulation.resume(tmp_path / "run", steps=20, say=quiet)
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match=r"expected a folder"):
         Simulation.start(settings, tmp_path / "file")
     # a finished run can be made longer
@@ -342,7 +349,7 @@ def test_folders_are_not_mixed_up(alanine: str, tmp_path: Path) -> None:
 def test_the_configuration_says_what_ran(alanine: str, tiny_model: str, tmp_path: Path) -> None:
     settings = small_network(alanine, tiny_model, steps=20)
     run(settings, tmp_path / "run")
-    found = json.loads((tmp_path / "run" / "run.json").read_text())
+    found = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert RunSettings.from_dict(found["settings"]) == settings
     assert found["resolved"]["platform"] and found["resolved"]["ml_atoms"] == list(range(22))
     assert {"openmm", "torch", "openmm-mlff"} <= set(found["programs"])

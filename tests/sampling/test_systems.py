@@ -94,7 +94,7 @@ def test_water_is_added_the_same_way_every_time(alanine: str) -> None:
 def boxed(alanine: str, path: Path, width: float) -> str:
     topology, positions = read_structure(alanine)
     topology.setPeriodicBoxVectors((Vec3(width, 0, 0), Vec3(0, width, 0), Vec3(0, 0, width)) * unit.nanometer)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         app.PDBFile.writeFile(topology, positions * unit.nanometer, file)
     return str(path)
 
@@ -108,10 +108,10 @@ def test_the_box_of_the_file_counts_unless_told_otherwise(alanine: str, tiny_mod
 def test_bad_input_is_refused_by_name(alanine: str, tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"input: no file at"):
         build(RunSettings(input=str(tmp_path / "none.pdb")))
-    (tmp_path / "empty.pdb").write_text("END\n")
+    (tmp_path / "empty.pdb").write_text("END\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"^input: "):
         build(RunSettings(input=str(tmp_path / "empty.pdb")))
-    (tmp_path / "bad.cif").write_text("no cif at all")
+    (tmp_path / "bad.cif").write_text("no cif at all", encoding="utf-8")
     with pytest.raises(ValueError, match=r"^input: bad.cif cannot be read"):
         build(RunSettings(input=str(tmp_path / "bad.cif")))
     with pytest.raises(ValueError, match=r"^ensemble: npt needs a periodic box"):

@@ -91,8 +91,8 @@ def test_history_holds_means_since_the_last_validation(tmp_path: Path) -> None:
     expected = [np.mean(losses[:5]), np.mean(losses[5:10]), np.mean(losses[10:])]
     np.testing.assert_allclose([row["train_loss"] for row in state.history], expected, rtol=1e-6)
     np.testing.assert_allclose([row["train_square"] for row in state.history], 2 * np.array(expected), rtol=1e-6)
-    assert json.loads((tmp_path / "history.json").read_text()) == state.history
-    lines = (tmp_path / "history.csv").read_text().splitlines()
+    assert json.loads((tmp_path / "history.json").read_text(encoding="utf-8")) == state.history
+    lines = (tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0].split(",")[:3] == ["step", "seconds", "learning_rate"] and len(lines) == 4
 
 
@@ -270,7 +270,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(waters, tmp_path: Path) -
         "loss": {"energy": 1.0, "forces": 1.0, "dipole": 0.1},
         "data": {"fractions": {"train": 0.6, "valid": 0.2, "test": 0.2}},
     }  # fmt: skip
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
 
     def start(output: str, *more: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "openmm_mlff", "train", "--data", str(tmp_path / "data"), "--quiet"]
@@ -286,7 +286,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(waters, tmp_path: Path) -
     killed = start("killed", "--config", str(tmp_path / "recipe.json"))
     history = tmp_path / "killed" / "history.json"
     for _ in range(3000):
-        if history.exists() and len(json.loads(history.read_text())) >= 3:
+        if history.exists() and len(json.loads(history.read_text(encoding="utf-8"))) >= 3:
             break
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
@@ -295,7 +295,10 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(waters, tmp_path: Path) -
     assert 0 < checkpoint["step"] < 90 and not (tmp_path / "killed" / "test_errors.json").exists()
     resumed = start("killed", "--resume")
     assert resumed.wait(timeout=300) == 0, resumed.stderr.read()
-    curves = [without_time(json.loads((tmp_path / n / "history.json").read_text())) for n in ("whole", "killed")]
+    curves = [
+        without_time(json.loads((tmp_path / n / "history.json").read_text(encoding="utf-8")))
+        for n in ("whole", "killed")
+    ]
     assert curves[0] == curves[1] and len(curves[0]) == 9
     states = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in ("whole", "killed")]
     for name, tensor in states[0]["model"].items():

@@ -18,10 +18,10 @@ def test_a_recipe_survives_its_file(tmp_path: Path) -> None:
         {"seed": 3, "loop": {"steps": 7}, "final_loss": {"energy": 2.0}, "model": {"num_modules": 2}}
     )
     assert recipe.loop.seed == 3 and recipe.final_loss.energy == 2.0
-    (tmp_path / "a.json").write_text(json.dumps(recipe.to_dict()))
+    (tmp_path / "a.json").write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
     assert Recipe.read(tmp_path / "a.json") == recipe
     (tmp_path / "a.toml").write_text(
-        "seed = 3\n[loop]\nsteps = 7\n[final_loss]\nenergy = 2.0\n[model]\nnum_modules = 2\n"
+        "seed = 3\n[loop]\nsteps = 7\n[final_loss]\nenergy = 2.0\n[model]\nnum_modules = 2\n", encoding="utf-8"
     )
     assert Recipe.read(tmp_path / "a.toml") == recipe
 
@@ -55,10 +55,10 @@ def test_misspelt_and_impossible_options_are_named(content: dict, message: str) 
 def test_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="config: no file"):
         Recipe.read(tmp_path / "none.toml")
-    (tmp_path / "a.ini").write_text("")
+    (tmp_path / "a.ini").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="expected a file ending in"):
         Recipe.read(tmp_path / "a.ini")
-    (tmp_path / "a.toml").write_text("seed = ")
+    (tmp_path / "a.toml").write_text("seed = ", encoding="utf-8")
     with pytest.raises(ValueError, match=r"config: .*a\.toml"):
         Recipe.read(tmp_path / "a.toml")
 
