@@ -21,6 +21,13 @@ SHARED = Path(os.environ.get("OPENMM_MLFF_SHARED", HERE.parent.parent / "shared"
 PUBLISHED = SHARED / "models" / "spookynet_parameters.pth"
 
 
+def published_checkpoint() -> Path:
+    """The published SpookyNet checkpoint; ends the script with a plain reason where it is not."""
+    if not PUBLISHED.exists():
+        raise SystemExit(f"no {PUBLISHED.name} in the folder of shared data; OPENMM_MLFF_SHARED names that folder")
+    return PUBLISHED
+
+
 def peptide(residues: int) -> Structure:
     """Ace-Ala_n-NMe (22, 62, 152 atoms for n = 1, 5, 14), or water for 0; built by rdkit with a fixed seed."""
     from rdkit import Chem

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from _common import PUBLISHED, SHARED, machine, write
+from _common import SHARED, machine, published_checkpoint, write
 from openmm import app
 from openmmml import MLPotential
 from rich.console import Console
@@ -55,7 +55,7 @@ def through_openmm(
         topology.addAtom("A", app.Element.getByAtomicNumber(int(z)), residue)
     if structure.cell is not None:
         topology.setPeriodicBoxVectors(structure.cell * 0.1)
-    system = MLPotential("spookynet", modelPath=str(PUBLISHED)).createSystem(
+    system = MLPotential("spookynet", modelPath=str(published_checkpoint())).createSystem(
         topology,
         charge=structure.charge,
         multiplicity=structure.multiplicity,
@@ -82,7 +82,8 @@ def largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    double, single = load_potential(PUBLISHED, "spookynet").double(), load_potential(PUBLISHED, "spookynet")
+    path = published_checkpoint()
+    double, single = load_potential(path, "spookynet").double(), load_potential(path, "spookynet")
     result: dict[str, Any] = {"what": __doc__, "units": "eV, eV/angstrom, e", "machine": machine(), "difference": {}}
     table = Table("set", "precision", "structures", "energy", "energy per atom", "forces", "charges")
     for name in SETS:

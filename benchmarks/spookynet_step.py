@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from _common import PUBLISHED, machine, peptide, rattled, summary, write
+from _common import machine, peptide, published_checkpoint, rattled, summary, write
 from openmm import app, unit
 from openmmml import MLPotential
 from rich.console import Console
@@ -90,7 +90,9 @@ def time_steps(structure: Structure, compile: bool, steps: int, rounds: int) -> 
     residue = topology.addResidue("MOL", topology.addChain())
     for z in structure.numbers:
         topology.addAtom("A", app.Element.getByAtomicNumber(int(z)), residue)
-    system = MLPotential("spookynet", modelPath=str(PUBLISHED)).createSystem(topology, compile=compile, device="cpu")
+    system = MLPotential("spookynet", modelPath=str(published_checkpoint())).createSystem(
+        topology, compile=compile, device="cpu"
+    )
     integrator = openmm.LangevinMiddleIntegrator(300 * unit.kelvin, 1 / unit.picosecond, 0.25 * unit.femtosecond)
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
     context.setPositions(structure.positions * 0.1)
@@ -109,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = load_potential(PUBLISHED, "spookynet")
+    model = load_potential(published_checkpoint(), "spookynet")
     result: dict[str, Any] = {"what": __doc__, "machine": machine(), "molecules": {}}
     table = Table(
         "atoms", "op by op [ms]", "compiled [ms]", "ratio", "step op by op", "step compiled", "second start [s]"
