@@ -344,11 +344,10 @@ def draw(work: Path, result: dict[str, Any]) -> None:
     for axis, (title, angles, weights) in zip(axes[:2], maps, strict=True):
         energy = ramachandran_free_energy(angles[:, 0], angles[:, 1], TEMPERATURE, BINS, weights)
         edges = np.linspace(-180, 180, BINS + 1)
-        image = axis.pcolormesh(
-            edges, edges, np.ma.masked_invalid(np.where(energy < 42, energy, np.inf)).T, cmap="viridis", vmin=0, vmax=42
-        )
+        shown = np.ma.masked_greater(energy, 42.0).T
+        image = axis.pcolormesh(edges, edges, shown, cmap="viridis", vmin=0, vmax=42)
         middle = 0.5 * (edges[1:] + edges[:-1])
-        axis.contour(middle, middle, np.minimum(energy, 60).T, levels=levels, colors="white", linewidths=0.4)
+        axis.contour(middle, middle, shown, levels=levels, colors="white", linewidths=0.4)
         axis.set(title=title, xlabel=r"$\phi$ [deg]", xticks=range(-180, 181, 90), yticks=range(-180, 181, 90))
         axis.set_aspect("equal")
     axes[0].set_ylabel(r"$\psi$ [deg]")
