@@ -63,6 +63,7 @@ class Potential(nn.Module):
         long_range_cutoff: angstrom; None takes all pairs of open systems (periodic ones need a value).
         first_derivatives_only: set while a graph is recorded that is differentiated once; `predict` may then use
             forms that have no second derivatives.
+        charges, multiplicities: total charges and spin multiplicities that the model was trained on; None means any.
         predicts_charges, supports_charge, supports_multiplicity, supports_periodic: what the model can do.
     """
 
@@ -73,6 +74,8 @@ class Potential(nn.Module):
     long_range: bool = False
     long_range_cutoff: float | None = None
     first_derivatives_only: bool = False
+    charges: tuple[int, ...] | None = None
+    multiplicities: tuple[int, ...] | None = None
     predicts_charges: bool = False
     supports_charge: bool = False
     supports_multiplicity: bool = False
@@ -127,6 +130,12 @@ class Potential(nn.Module):
             raise ValueError(f"charge: {self.family} describes neutral systems only, got {structure.charge:+d}")
         if structure.multiplicity != 1 and not self.supports_multiplicity:
             raise ValueError(f"multiplicity: {self.family} describes singlets only, got {structure.multiplicity}")
+        for name, trained in (("charge", self.charges), ("multiplicity", self.multiplicities)):
+            if trained is not None and getattr(structure, name) not in trained:
+                raise ValueError(
+                    f"{name}: this model was trained for {name} {', '.join(map(str, trained))} only, "
+                    f"got {getattr(structure, name)}"
+                )
         if structure.cell is not None and not self.supports_periodic:
             raise ValueError(f"cell: {self.family} describes open systems only, got periodic box vectors")
 

@@ -27,6 +27,7 @@ class SpookyNetConfig:
         module_keep_prob: probability to keep the contributions of the last module in training.
         num_residual_*: residual blocks of each part.
         elements: atomic numbers that the model was made for.
+        charges, multiplicities: total charges (e) and 2S+1 that it was trained on; others are refused. None: any.
     """
 
     num_features: int = 64
@@ -56,9 +57,14 @@ class SpookyNetConfig:
     num_residual_post: int = 1
     num_residual_output: int = 1
     elements: tuple[int, ...] = tuple(range(1, 87))
+    charges: tuple[int, ...] | None = None
+    multiplicities: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "elements", tuple(int(z) for z in self.elements))
+        for name in ("elements", "charges", "multiplicities"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(int(x) for x in value))
         positive = ("num_features", "num_basis_functions", "num_modules", "num_random_features", "cutoff")
         for name in positive:
             if not getattr(self, name) > 0:

@@ -142,6 +142,7 @@ class SpookyNet(Potential):
         super().__init__()
         c = self.config = config or SpookyNetConfig()
         self.elements = c.elements
+        self.charges, self.multiplicities = c.charges, c.multiplicities
         self.cutoff = c.cutoff
         self.long_range = c.use_electrostatics or c.use_d4_dispersion
         self.long_range_cutoff = c.long_range_cutoff

@@ -14,6 +14,7 @@ import torch
 
 from openmm_mlff import _plugins
 from openmm_mlff.data import model_file
+from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials import family as families
 from openmm_mlff.potentials.family import Family, find_family, from_card, load_potential, make_card, save_potential
 from openmm_spookynet import SpookyNet, SpookyNetConfig
@@ -190,3 +191,15 @@ def test_other_kinds_and_missing_tensors(tiny: SpookyNet) -> None:
 def test_cards_hold_plain_values_only(tiny: SpookyNet, tmp_path: Path) -> None:
     card = model_file.load_card(save_potential(tiny, tmp_path / "tiny.safetensors"))
     assert dataclasses.asdict(SpookyNetConfig(**card["config"])) == dataclasses.asdict(TINY)
+
+
+def test_charges_that_the_model_never_saw_are_refused() -> None:
+    config = SpookyNetConfig(num_features=8, num_modules=1, num_random_features=8, charges=(0, -1), multiplicities=(1,))
+    model = SpookyNet(config)
+    water = Structure([8, 1, 1], [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
+    model.check(water)
+    model.check(water.replace(charge=-1))
+    with pytest.raises(ValueError, match="charge: this model was trained for charge 0, -1 only, got 1"):
+        model.check(water.replace(charge=1))
+    with pytest.raises(ValueError, match="multiplicity: this model was trained for multiplicity 1 only, got 3"):
+        model.check(water.replace(multiplicity=3))
