@@ -171,6 +171,9 @@ def _run_in_pool(
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the block is over; processes started in it never see Ctrl-C, not even while they import."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
