@@ -18,9 +18,8 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md
 def test_the_ten_lines_run(repository: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]) <= 10
-    if not list((repository / "plugins/openmm_spookynet/weights").glob("spookynet-ala2-gfn2*.safetensors")):
-        pytest.skip("the bundled model has not been trained yet")
-    environment = os.environ | {"PYTHONPATH": ""}
+    # OpenMM's minimiser crashes on OpenCL by POCL (also for a plain force field), which test machines have
+    environment = os.environ | {"PYTHONPATH": "", "OPENMM_DEFAULT_PLATFORM": "CPU"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         cwd=repository,
