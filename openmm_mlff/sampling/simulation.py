@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import copy
 import json
-import platform as machine
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,10 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-import openmm_mlff
 from openmm_mlff.forces import running
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.sampling import checkpoints, guards
+from openmm_mlff.sampling.bookkeeping import MinimizationProgress, degrees_of_freedom, programs
 from openmm_mlff.sampling.checkpoints import Checkpoint, seed_for
 from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
 from openmm_mlff.sampling.reporters import ProgressBar, TableWriter, TrajectoryWriter
@@ -233,7 +231,7 @@ class Simulation:
         s = self.settings
         context = self._enter(self._checkpoint)
         if s.minimization_steps:
-            reporter = _MinimizationProgress(self._stop, s.minimization_steps, self._say if self._progress else None)
+            reporter = MinimizationProgress(self._stop, s.minimization_steps, self._say if self._progress else None)
             try:
                 openmm.LocalEnergyMinimizer.minimize(context, 10.0, s.minimization_steps, reporter)
             except openmm.OpenMMException as error:
@@ -428,48 +426,6 @@ class Simulation:
         assert self._context is not None
         positions = self._context.getState(positions=True).getPositions(asNumpy=True)._value
         return self._guard.check(positions, np.zeros_like(positions), 0.0, None)
-
-
-class _MinimizationProgress(openmm.MinimizationReporter):
-    """Stops the minimiser on a signal, and says where it is."""
-
-    def __init__(self, stop: guards.StopRequest, limit: int, say: Callable[[str], None] | None) -> None:
-        super().__init__()
-        self._stop, self._limit, self._say = stop, limit, say
-        self._last = time.monotonic()
-        self._text = ""
-
-    def report(self, iteration: int, x: Any, grad: Any, args: Mapping[str, float]) -> bool:
-        self._text = (
-            f"minimize: {iteration + 1} of at most {self._limit} iterations, {args['system energy']:.1f} kJ/mol"
-        )
-        if time.monotonic() - self._last > 10.0:
-            self._last = time.monotonic()
-            self.done()
-        return bool(self._stop)
-
-    def done(self) -> None:
-        if self._say is not None and self._text:
-            self._say(self._text)
-
-
-def degrees_of_freedom(system: openmm.System) -> int:
-    """3 per massive particle, less constraints and, with a `CMMotionRemover`, the motion of the whole; at least 1."""
-    massive = [system.getParticleMass(i)._value > 0 for i in range(system.getNumParticles())]
-    constraints = [system.getConstraintParameters(i) for i in range(system.getNumConstraints())]
-    held = sum(massive[a] or massive[b] for a, b, _ in constraints)
-    drift = 3 if any(isinstance(f, openmm.CMMotionRemover) for f in system.getForces()) else 0
-    return max(1, 3 * sum(massive) - held - drift)
-
-
-def programs() -> dict[str, str]:
-    """Versions of everything that decides the bits of a run, and the kind of machine."""
-    names = ("openmm", "openmmml", "torch", "numpy")
-    return {
-        "openmm-mlff": openmm_mlff.__version__,
-        "python": machine.python_version(),
-        "machine": machine.machine(),
-    } | {name: version(name) for name in names}
 
 
 def _after(step: int, interval: int) -> int:

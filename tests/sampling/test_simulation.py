@@ -21,10 +21,11 @@ from openmm import app
 
 from openmm_mlff.analysis.observables import mean_with_error, read_table
 from openmm_mlff.forces.serialization import load_integrator, load_state, load_system
+from openmm_mlff.sampling.bookkeeping import degrees_of_freedom
 from openmm_mlff.sampling.checkpoints import Checkpoint
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.settings import RunSettings
-from openmm_mlff.sampling.simulation import Simulation, degrees_of_freedom
+from openmm_mlff.sampling.simulation import Simulation
 
 RUN = """
 import sys, json
