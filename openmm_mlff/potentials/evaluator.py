@@ -132,8 +132,9 @@ class Evaluator:
             return self.eager
         try:
             result = graph(batch)
-        except compilation.CompilationError as error:
-            logger.warning("%s; running op by op", error)
+        except RuntimeError as error:
+            # also a graph from the disk that no longer runs here, for example because the compiler has gone
+            logger.warning("compile: %s; running op by op", str(error).removeprefix("compile: "))
             return self.eager
         if not compilation.agree(result, self.eager(batch), self.model.dtype):
             logger.warning("compile: the compiled graph and op-by-op evaluation disagree; running op by op")
