@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -123,9 +124,7 @@ class Evaluator:
             return self.eager
         graph = compilation.CompiledGraph(self.model, self._fixed, self.outputs, self.pairs.fixed)
         if self.compile == "auto" and not graph.ready(batch):
-            logger.info(
-                "running op by op; compile=True compiles energy and forces once (about a minute) for later runs"
-            )
+            _suggest_compiling()
             return self.eager
         if not graph.ready(batch) and not compilation.compiler_found():
             logger.warning("compile: no C++ compiler found (g++ or clang++); running op by op")
@@ -156,6 +155,15 @@ class Evaluator:
             dipole=_wanted(prediction.dipole, "dipole" in self.outputs),
             spread=_wanted(prediction.spread, "spread" in self.outputs),
         )
+
+
+@functools.cache
+def _suggest_compiling() -> None:
+    """Once per process."""
+    logger.warning(
+        "the ML potential runs op by op; for long runs, compile=True makes a graph once (about a minute) that is "
+        "several times faster, here and in later runs"
+    )
 
 
 def _wanted(value: Tensor | None, wanted: bool) -> Tensor | None:
