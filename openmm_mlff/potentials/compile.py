@@ -61,6 +61,7 @@ class GraphInputs:
     def __init__(self, batch: Batch, fixed_pairs: bool, long_range_cutoff: float | None) -> None:
         self.batch, self.fixed_pairs, self.reach = batch, fixed_pairs, _FAR * (long_range_cutoff or 0.0)
         self.field = batch.external_potential is not None
+        self._listed: tuple[Pairs, list[Tensor]] | None = None
         self.periodic = batch.cell is not None
         self.slots = 0 if fixed_pairs else _with_margin(batch.neighbors.index.shape[1], 4)
         # open systems without a long-range cutoff keep all pairs for ever
@@ -88,9 +89,9 @@ class GraphInputs:
         return values
 
     def _tables(self, batch: Batch) -> list[Tensor]:
-        cached: list[Tensor] | None = batch.__dict__.get("_graph_tables")
-        if cached is not None:
-            return cached
+        # every step has a batch of its own, but the pair list is the same object until it is rebuilt
+        if self._listed is not None and self._listed[0] is batch.pairs:
+            return self._listed[1]
         assert batch.pairs is not None
         table = NeighborMatrix.from_pairs(batch.pairs, batch.n_atoms, self.slots)
         values = [table.index, table.mask] + ([] if table.offsets is None else [table.offsets])
@@ -107,7 +108,7 @@ class GraphInputs:
                 torch.cat([pairs.second, nowhere]),
                 torch.cat([pairs.offsets, far]),
             ]
-        batch.__dict__["_graph_tables"] = values
+        self._listed = (batch.pairs, values)
         return values
 
     def rebuild(self, values: tuple[Tensor, ...]) -> Batch:
