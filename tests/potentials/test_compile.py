@@ -98,6 +98,15 @@ def test_periodic_lists_are_inputs_and_grow(monkeypatch: pytest.MonkeyPatch) -> 
         moved = box.positions + random.normal(0, 0.2 + 0.2 * step, (12, 3)) + 7.0 * random.integers(-1, 2, (12, 3))
         assert_same(compiled(moved, box.cell), eager(moved, box.cell))
     assert compiled.pairs.rebuilds > 1 and compiled.compiled
+    # between rebuilds nothing is derived from the list again
+    with monkeypatch.context() as watched:
+        tables: list[object] = []
+        build = compilation.NeighborMatrix.from_pairs
+        watched.setattr(compilation.NeighborMatrix, "from_pairs", lambda *x: tables.append(x) or build(*x))
+        for shift in (0.0, 1e-3, 2e-3):
+            compiled(moved + shift, box.cell)
+        assert not tables
+        assert compiled.pairs.rebuilds > 1
     compilations = []
     once = compilation.CompiledGraph._compile
 
