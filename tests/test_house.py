@@ -16,7 +16,7 @@ import pytest
 
 from openmm_mlff import _plugins
 
-ROOTS = ("openmm_mlff", "openmm_spookynet")
+ROOTS = ("openmm_mlff", "openmm_gdml", "openmm_spookynet")
 
 
 def fresh_python(code: str, *path: Path) -> str:
@@ -58,7 +58,7 @@ for name in ("numpy", "torch", "openmm.app", "ase", "mdtraj", "safetensors.torch
              "h5py", "scipy", "tblite", "rdkit", "lightning_fabric"):
     if importlib.util.find_spec(name.partition(".")[0]) is not None:
         importlib.import_module(name)
-foreign = [m for m in sys.modules if m.partition(".")[0] in {"openmmml", "openmm_mlff", "openmm_spookynet"}]
+foreign = [m for m in sys.modules if m.partition(".")[0] in {"openmmml", "openmm_mlff", "openmm_gdml", "openmm_spookynet"}]
 assert not foreign, foreign
 failed = {}
 for name in json.loads(sys.argv[1]):
@@ -88,7 +88,7 @@ print(json.dumps(failed))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_module_can_be_the_first_one_imported() -> None:
     names = [*modules(), "openmmml"]
-    assert {"openmm_mlff.data.structures", "openmm_mlff.cli", "openmm_spookynet"} <= set(names)
+    assert {"openmm_mlff.data.structures", "openmm_mlff.cli", "openmm_gdml", "openmm_spookynet"} <= set(names)
     done = subprocess.run(
         [sys.executable, "-P", "-c", IMPORT_EACH, json.dumps(names)],
         capture_output=True,

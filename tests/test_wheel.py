@@ -18,7 +18,7 @@ from openmm.app import PDBFile
 pytest.importorskip("hatchling", reason="the build backend is not installed")
 
 #: what an editable install leaves in site-packages; hidden from the environment under test.
-OWN = ("openmm_mlff", "_openmm_mlff", "__editable__", "openmm_spookynet")
+OWN = ("openmm_mlff", "_openmm_mlff", "__editable__", "openmm_gdml", "openmm_spookynet")
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:

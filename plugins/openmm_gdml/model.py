@@ -1,0 +1,376 @@
+"""GDML as a potential: an expansion in kernel derivatives around the training geometries.
+
+Chmiela, Tkatchenko, Sauceda, Poltavsky, Schuett, Mueller, Sci. Adv. 3, e1603015 (2017); with permutations (sGDML):
+Chmiela, Sauceda, Mueller, Tkatchenko, Nat. Commun. 9, 3887 (2018). With the descriptor x(r), the training points x_j,
+coefficients A_j and the permutations p of equal atoms,
+
+    E(r) = c + sum_{j,p} (5/(3 sigma^2)) (1 + d) e^-d (u . A_j),   u = x(p r) - x_j,   d = sqrt(5) |u| / sigma
+
+The atoms of the query are permuted, not those of the training points. float64 throughout: the coefficients reach 1e8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_gdml import kernel, lattices
+from openmm_gdml.atom_order import wrong_atoms
+from openmm_gdml.config import GDMLConfig
+from openmm_gdml.descriptors import (
+    INVERSE_DISTANCES,
+    descriptor,
+    descriptor_size,
+    pair_gradients,
+    pair_permutations,
+    times_jacobian_transposed,
+)
+from openmm_mlff.data.structures import Batch, Structure, collate
+from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
+
+#: numbers that one temporary array of a batch may hold (32 MB)
+TEMPORARY = 1 << 22
+
+
+@dataclass
+class Prepared:
+    """What follows from the coefficients: centred training points, so that differences lose no digits."""
+
+    pair_permutations: Tensor  # (S, D)
+    centre: Tensor  # (D,) mean of the training points
+    points: Tensor  # (M, D) x_j - centre
+    squares: Tensor  # (M,) |x_j - centre|^2
+    products: Tensor  # (M,) (x_j - centre) . A_j
+
+
+class GDMLPotential(Potential):
+    """Potential of one molecule (or one supercell) in a fixed order of atoms.
+
+    Attributes:
+        descriptors: x_j, ``(M, D)``. coefficients: A_j, ``(M, D)``, eV times the unit of x.
+        energy_coefficients: ``(M,)`` eV, only with energy constraints.
+        shift: constant of the energy, ``()`` eV.
+        permutations: of equal atoms, ``(S, N)`` int64; p takes positions r to ``r[p]``.
+        lattice: training lattice, rows, ``(3, 3)`` angstrom, only if periodic.
+        alphas: ``(M, N, 3)`` with A_j = J_j alpha_j, only if kept.
+    """
+
+    family = "gdml"
+
+    descriptors: Tensor
+    coefficients: Tensor
+    shift: Tensor
+    permutations: Tensor
+
+    def __init__(self, config: GDMLConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.elements = tuple(sorted(set(c.numbers)))
+        self.supports_periodic = c.periodic
+        self.supports_charge, self.charges = c.charge != 0, None if c.charge is None else (c.charge,)
+        self.supports_multiplicity = c.multiplicity != 1
+        self.multiplicities = None if c.multiplicity is None else (c.multiplicity,)
+        n, m = len(c.numbers), c.n_train
+        size = descriptor_size(c.descriptor, n, c.descriptor_options)
+        self._descriptor = descriptor(c.descriptor, c.descriptor_options)
+        shapes = {"descriptors": (m, size), "coefficients": (m, size), "shift": ()}
+        shapes |= {"energy_coefficients": (m,)} if c.energy_constraints else {}
+        shapes |= {"lattice": (3, 3)} if c.periodic else {}
+        shapes |= {"alphas": (m, n, 3)} if c.keeps_alphas else {}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("permutations", torch.arange(n).repeat(c.n_permutations, 1))
+        self._prepared: Prepared | None = None
+        self._wrappings: dict[bytes, list[np.ndarray]] = {}
+        self.register_load_state_dict_post_hook(GDMLPotential._forget)
+
+    @classmethod
+    def from_coefficients(
+        cls,
+        numbers: Sequence[int] | np.ndarray,
+        sigma: float,
+        descriptors: Any,
+        coefficients: Any,
+        shift: float,
+        permutations: Any = None,
+        energy_coefficients: Any = None,
+        lattice: Any = None,
+        alphas: Any = None,
+        **options: Any,
+    ) -> GDMLPotential:
+        """A model of given training points and coefficients (arrays or tensors, shapes and units as the attributes).
+
+        Args:
+            options: the other fields of `GDMLConfig` (lam, descriptor, descriptor_options, beads, charge, ...).
+
+        Raises `ValueError` naming the argument whose shape or values are impossible.
+        """
+        n = len(numbers)
+        optional = {"energy_coefficients": energy_coefficients, "lattice": lattice, "alphas": alphas}
+        given = {"descriptors": descriptors, "coefficients": coefficients, "shift": shift}
+        given |= {name: value for name, value in optional.items() if value is not None}
+        tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in given.items()}
+        perms = torch.arange(n)[None] if permutations is None else torch.as_tensor(np.asarray(permutations))
+        tensors["permutations"] = perms.to(torch.int64)
+        _check_permutations(tensors["permutations"].numpy(), np.asarray(numbers))
+        if tensors["descriptors"].dim() != 2:
+            raise ValueError(f"descriptors: expected shape (M, D), got {tuple(tensors['descriptors'].shape)}")
+        config = GDMLConfig(
+            numbers=tuple(int(z) for z in numbers),
+            n_train=len(tensors["descriptors"]),
+            sigma=sigma,
+            n_permutations=len(perms),
+            periodic=lattice is not None,
+            energy_constraints=energy_coefficients is not None,
+            keeps_alphas=alphas is not None,
+            **options,
+        )
+        model = cls(config)
+        for name, buffer in model.state_dict().items():
+            if tensors[name].shape != buffer.shape:
+                raise ValueError(f"{name}: expected shape {tuple(buffer.shape)}, got {tuple(tensors[name].shape)}")
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+        model.load_state_dict(tensors, strict=True)
+        return model.eval().requires_grad_(False)
+
+    # -- what the coefficients decide --------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GDMLPotential:
+        if fn(torch.zeros(1, dtype=torch.float64)).dtype != torch.float64:
+            raise ValueError(
+                "precision: GDML models run in double precision only (their coefficients reach 1e8 and cancel); "
+                "expected 'double' or None, got a lower precision"
+            )
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    @staticmethod
+    def _forget(module: Any, incompatible: Any) -> None:
+        module._prepared = None
+        module._wrappings = {}
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the descriptor is inverse distances, for which everything is written out."""
+        return self.config.descriptor == INVERSE_DISTANCES
+
+    @property
+    def prepared(self) -> Prepared:
+        """Centred training points and what follows from them; made on first use."""
+        if self._prepared is None:
+            centre = self.descriptors.mean(0)
+            points = self.descriptors - centre
+            self._prepared = Prepared(
+                pair_permutations(self.permutations) if self.closed_form else self.permutations,
+                centre,
+                points,
+                points.square().sum(1),
+                (points * self.coefficients).sum(1),
+            )
+        return self._prepared
+
+    # -- structures ----------------------------------------------------------------------------------------------
+
+    def check(self, structure: Structure) -> None:
+        """Refuse a structure with other atoms, another order of atoms or another lattice (`ValueError`)."""
+        super().check(structure)
+        expected, numbers = np.array(self.config.numbers), structure.numbers
+        if not np.array_equal(expected, numbers):
+            raise ValueError(wrong_atoms(expected, numbers))
+        if structure.cell is None and self.config.periodic:
+            raise ValueError(
+                "cell: this model was trained in a periodic lattice ("
+                f"{lattices.describe(self.lattice_rows)}), expected a structure with box vectors, got an open one "
+                "(an ML region given by atoms=... is open)"
+            )
+        if structure.cell is not None:
+            self.wrappings(structure.cell)
+
+    @property
+    def lattice_rows(self) -> np.ndarray:
+        """The training lattice as numpy rows; `ValueError` for an open model."""
+        if not self.config.periodic:
+            raise ValueError("lattice: this model describes an open molecule")
+        return self.get_buffer("lattice").cpu().numpy()
+
+    def wrappings(self, cell: np.ndarray) -> list[np.ndarray]:
+        """The training lattice expressed by the vectors of a box (see `lattices.wrappings`), ``(3, 3)`` angstrom each.
+
+        Raises `ValueError` if the box has another lattice.
+        """
+        key = np.ascontiguousarray(cell, dtype=np.float64).tobytes()
+        if key not in self._wrappings:
+            found = lattices.wrappings(self.lattice_rows, np.asarray(cell, dtype=np.float64))
+            if not found:
+                raise ValueError(
+                    "cell: this model was trained for the lattice with "
+                    f"{lattices.describe(self.lattice_rows)}, and describes no other; got the lattice with "
+                    f"{lattices.describe(np.asarray(cell))}"
+                )
+            if len(self._wrappings) > 16:
+                self._wrappings.clear()
+            self._wrappings[key] = found
+        return self._wrappings[key]
+
+    def lattice_for(self, positions: np.ndarray | Tensor, cell: np.ndarray | Tensor) -> np.ndarray:
+        """The wrapping lattice ``(3, 3)`` of one structure, in the frame and by the vectors of its own box.
+
+        A symmetric lattice can be laid onto its box in several ways, between which only the atoms decide: the one whose
+        descriptors are nearest to a training point is taken, and the training data's own orientation if it is as good.
+        """
+        found = self.wrappings(np.asarray(torch.as_tensor(cell).detach().cpu(), dtype=np.float64))
+        if len(found) == 1:
+            return found[0]
+        r = torch.as_tensor(positions, dtype=torch.float64).detach().cpu()
+        known = self.descriptors.cpu()
+        distances = []
+        for rows in found:
+            x = self._descriptor(r, lattice=torch.from_numpy(rows))
+            distances.append(float((x - known).square().sum(1).min()))
+        best = int(np.argmin(distances))
+        return found[0] if distances[0] <= 1.0001 * distances[best] + 1e-12 else found[best]
+
+    def batch(
+        self,
+        structures: Sequence[Structure] | Structure,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Batch:
+        """Structures as one batch, without pair lists, which GDML does not use."""
+        structures = [structures] if isinstance(structures, Structure) else structures
+        for structure in structures:
+            self.check(structure)
+        batch = collate(structures).to(device=device or self.device, dtype=dtype or self.dtype)
+        _ = batch.counts, batch.dense_slot
+        return batch
+
+    def _geometry(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Positions ``(B, N, 3)`` and the lattice of each structure ``(B, 3, 3)``."""
+        n = len(self.config.numbers)
+        if batch.n_atoms != n * batch.n_structures:
+            raise ValueError(
+                f"batch: expected {n} atoms in each of {batch.n_structures} structures, got {batch.n_atoms} atoms"
+            )
+        positions = batch.positions.to(torch.float64).reshape(-1, n, 3)
+        if not self.config.periodic:
+            return positions, None
+        if batch.cell is None:
+            raise ValueError("cell: expected box vectors, because the model is periodic, got None")
+        rows = [self.lattice_for(r, c) for r, c in zip(positions, batch.cell, strict=True)]
+        return positions, torch.from_numpy(np.stack(rows)).to(positions.device)
+
+    def _chunks(self, n: int) -> Iterator[slice]:
+        size = max(1, TEMPORARY // (self.config.n_permutations * max(self.descriptors.shape)))
+        return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+    # -- energies, differentiable --------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch, fixed: Any) -> Prediction:
+        positions, lattice = self._geometry(batch)
+        energies = [
+            self.energy_of(positions[part], None if lattice is None else lattice[part])
+            for part in self._chunks(len(positions))
+        ]
+        return Prediction(torch.cat(energies))
+
+    def energy_of(self, positions: Tensor, lattice: Tensor | None = None) -> Tensor:
+        """Energies ``(B,)`` eV of positions ``(B, N, 3)`` angstrom, twice differentiable.
+
+        Args:
+            lattice: the wrapping lattice, ``(3, 3)`` or one for each, ``(B, 3, 3)``.
+        """
+        q, v = self._products(self._permuted(positions, lattice))
+        terms = kernel.energy(q, v, self.config.sigma, self._energy_coefficients)  # (B, S)
+        return terms.sum(-1) + self.shift
+
+    @property
+    def _energy_coefficients(self) -> Tensor | None:
+        return self.get_buffer("energy_coefficients") if self.config.energy_constraints else None
+
+    def _describe(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
+        return self._descriptor(positions) if lattice is None else self._descriptor(positions, lattice=lattice)
+
+    def _permuted(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
+        """Descriptors of all permuted queries, centred, ``(B, S, D)``."""
+        p = self.prepared
+        if self.closed_form:
+            return self._describe(positions, lattice)[..., p.pair_permutations] - p.centre
+        queries = positions[..., self.permutations, :]  # (B, S, N, 3)
+        if lattice is not None and lattice.dim() == 3:
+            lattice = lattice[:, None]
+        return self._describe(queries, lattice) - p.centre
+
+    def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """|u|^2 and u.A of queries ``x (B, S, D)`` with all training points, ``(B, S, M)`` each, by two products."""
+        p = self.prepared
+        q = x.square().sum(-1, keepdim=True) + p.squares - 2.0 * (x @ p.points.T)
+        return q.clamp(min=0.0), x @ self.coefficients.T - p.products
+
+    # -- energies and forces in closed form ----------------------------------------------------------------------
+
+    def evaluate(self, batch: Batch, forces: bool = True, create_graph: bool = False) -> Evaluation:
+        """Energies and forces of a batch; with `create_graph` by automatic differentiation, else in closed form."""
+        if create_graph or not forces or batch.external_potential is not None:
+            return super().evaluate(batch, forces, create_graph)
+        positions, lattice = self._geometry(batch)
+        energy, force = self.energies_and_forces(positions.detach(), lattice)
+        return Evaluation(energy, forces=force.reshape(-1, 3))
+
+    def energies_and_forces(self, positions: Tensor, lattice: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Energies ``(B,)`` eV and forces ``(B, N, 3)`` eV/angstrom of positions ``(B, N, 3)`` angstrom, no graph.
+
+        Args:
+            lattice: the wrapping lattice, ``(3, 3)`` or one for each, ``(B, 3, 3)``.
+        """
+        results = []
+        for part in self._chunks(len(positions)):
+            here = lattice if lattice is None or lattice.dim() == 2 else lattice[part]
+            results.append((self._closed if self.closed_form else self._by_descriptor)(positions[part], here))
+        energy, force = (torch.cat(values) for values in zip(*results, strict=True))
+        return energy, force
+
+    @torch.no_grad()
+    def _closed(self, positions: Tensor, lattice: Tensor | None) -> tuple[Tensor, Tensor]:
+        p = self.prepared
+        x, g = pair_gradients(positions, lattice)
+        energy, f = self._descriptor_forces(x[..., p.pair_permutations] - p.centre)
+        # back from the permuted descriptors to those of the query, summed over permutations
+        index = p.pair_permutations.expand_as(f).reshape(len(x), -1)
+        force = torch.zeros_like(x).scatter_add_(1, index, f.reshape(len(x), -1))
+        return energy, times_jacobian_transposed(g, force, positions.shape[-2])
+
+    def _by_descriptor(self, positions: Tensor, lattice: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            r = positions.detach().requires_grad_(True)
+            x = self._permuted(r, lattice)
+            with torch.no_grad():
+                energy, f = self._descriptor_forces(x)
+            (force,) = torch.autograd.grad(x, r, f)
+        return energy, force
+
+    def _descriptor_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies ``(B,)`` and -dE/dx ``(B, S, D)`` of centred queries ``x (B, S, D)``."""
+        q, v = self._products(x)
+        terms, w1, w2 = kernel.energy_and_weights(q, v, self.config.sigma, self._energy_coefficients)
+        f = w1.sum(-1, keepdim=True) * x - w1 @ self.prepared.points - w2 @ self.coefficients
+        return terms.sum(-1) + self.shift, f
+
+
+# -- messages ----------------------------------------------------------------------------------------------------
+
+
+def _check_permutations(permutations: np.ndarray, numbers: np.ndarray) -> None:
+    n = len(numbers)
+    if permutations.ndim != 2 or permutations.shape[1] != n or not len(permutations):
+        raise ValueError(f"permutations: expected shape (S, {n}), got {permutations.shape}")
+    if not np.array_equal(np.sort(permutations, axis=1), np.tile(np.arange(n), (len(permutations), 1))):
+        raise ValueError(f"permutations: expected every row to hold each of 0 to {n - 1} once")
+    wrong = (numbers[permutations] != numbers).any(axis=1)
+    if wrong.any():
+        raise ValueError(f"permutations: row {int(wrong.argmax())} exchanges different elements")
