@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: numbers that one temporary array of a blocked loop may hold (64 MB in float64).
-TEMPORARY = 1 << 23
+from openmm_gdml.descriptors import pair_gradients, pair_indices, pair_permutations
+
+#: numbers that one temporary array of a blocked loop may hold (16 MB in float64).
+TEMPORARY = 1 << 21
 
 
 class Operator(Protocol):
@@ -32,12 +34,15 @@ class Operator(Protocol):
 
     Attributes:
         n: order of the matrix. block: rows ``[k * block, (k + 1) * block)`` belong to geometry k (energies follow).
-        n_points: number of geometries.
+        n_points: number of geometries. working_memory: bytes that the methods use besides what they return.
     """
 
     n: int
     block: int
     n_points: int
+
+    @property
+    def working_memory(self) -> int: ...
 
     def matvec(self, v: Tensor) -> Tensor:
         """K v for ``v (n,)``."""
@@ -76,15 +81,14 @@ class PairTables:
     def of(cls, positions: Tensor, lattice: Tensor | None = None) -> PairTables:
         """Tables of ``positions (n, N, 3)`` in angstrom; `lattice` holds box vectors as rows.
 
-        With a lattice a pair is taken at the image that rounds its fractional coordinates to the nearest.
+        With a lattice a pair is taken at the image that `descriptors.pair_vectors` chooses.
         """
-        v = positions[:, :, None] - positions[:, None]
-        if lattice is not None:
-            v = v - torch.round(v @ torch.linalg.inv(lattice)) @ lattice
-        square = (v * v).sum(-1)
-        square.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        x = torch.rsqrt(square)
-        return cls(x, -v * (x**3)[..., None])
+        n, (i, j) = positions.shape[1], (k.to(positions.device) for k in pair_indices(positions.shape[1]))
+        values, gradients = pair_gradients(positions, lattice)
+        x, h = positions.new_zeros(len(positions), n, n), positions.new_zeros(len(positions), n, n, 3)
+        x[:, i, j], x[:, j, i] = values, values
+        h[:, i, j], h[:, j, i] = -gradients, gradients
+        return cls(x, h)
 
     def __getitem__(self, chosen: slice | Tensor) -> PairTables:
         return PairTables(self.x[chosen], self.h[chosen])
@@ -218,7 +222,7 @@ class KernelOperator:
         self.memory = memory
         self.tables = PairTables.of(self.positions, self.lattice)
         device = self.positions.device
-        self._pairs = torch.tril_indices(n_atoms, n_atoms, -1, device=device)
+        self._pairs = tuple(k.to(device) for k in pair_indices(n_atoms))
         self._pair_permutations = pair_permutations(self.permutations).to(device)
         x = self.tables.x[:, self._pairs[0], self._pairs[1]]
         self._centre = x.mean(0)
@@ -229,6 +233,12 @@ class KernelOperator:
     def n_forces(self) -> int:
         """Rows of forces; those of energies follow."""
         return self.n_points * self.block
+
+    @property
+    def working_memory(self) -> int:
+        """Bytes that the methods use besides what they return: kept factors, and a few temporary arrays."""
+        factors = 24 * len(self.permutations) * self.n_points**2
+        return (factors if factors <= self.memory else 0) + 6 * 8 * TEMPORARY + 8 * 5 * self.tables.x.numel()
 
     def point(self, index: int) -> int:
         """Which geometry a row belongs to."""
@@ -378,15 +388,6 @@ class KernelOperator:
             u = x[:, None] - x[:, self._pair_permutations]
             parts.append(matern_factors((u * u).sum(-1), self.sigma)[0].sum(1))
         return torch.cat(parts)
-
-
-def pair_permutations(permutations: Tensor) -> Tensor:
-    """``(S, N)`` of atoms -> ``(S, n_pairs)`` of pairs, in the order of ``tril_indices(N, -1)``."""
-    n = permutations.shape[1]
-    i, j = torch.tril_indices(n, n, -1)
-    a, b = permutations[:, i], permutations[:, j]
-    high, low = torch.maximum(a, b), torch.minimum(a, b)
-    return high * (high - 1) // 2 + low
 
 
 def _checked_group(permutations: Tensor, n_atoms: int) -> Tensor:
