@@ -16,11 +16,13 @@ class InstabilityError(RuntimeError):
 
     Attributes:
         atom: where; the index in the system when it comes out of a `ForceComputation`.
+        replica: in which copy, if the force acts on many; else None.
     """
 
-    def __init__(self, message: str, atom: int) -> None:
+    def __init__(self, message: str, atom: int, replica: int | None = None) -> None:
         super().__init__(message)
         self.atom = atom
+        self.replica = replica
 
 
 class RegionError(ValueError):
@@ -35,16 +37,18 @@ def make_whole(positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
     one: no bonds are needed to decide it.
 
     Args:
-        positions: ``(n_atoms, 3)``, in any image. cell: box vectors as rows, ``(3, 3)``; the same unit.
+        positions: ``(n_atoms, 3)``, in any image, or ``(n_copies, n_atoms, 3)`` for regions that are each made whole
+            by themselves. cell: box vectors as rows, ``(3, 3)``; the same unit.
 
     Raises `RegionError` if the region spans half of the box or more.
     """
     fractional = positions @ np.linalg.inv(cell)
-    relative = fractional - fractional[0]
+    relative = fractional - fractional[..., :1, :]
     shift = np.rint(relative)
     relative -= shift
-    if (np.ptp(relative, axis=0) >= 0.5).any():
-        raise _too_wide(fractional, cell)
+    too_wide = (np.ptp(relative, axis=-2) >= 0.5).any(axis=-1)
+    if too_wide.any():
+        raise _too_wide(fractional if fractional.ndim == 2 else fractional[int(too_wide.argmax())], cell)
     return positions - shift @ cell
 
 

@@ -27,6 +27,7 @@ import torch
 from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import SYMBOLS, Structure
 from openmm_mlff.forces import checks
+from openmm_mlff.forces.copies import CopiesEvaluator
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from openmm_mlff.potentials.evaluator import Evaluator
     from openmm_mlff.potentials.potential import Potential
 
-SPEC_VERSION = 1
+#: of options that older versions of this package read as well; options of many copies are of version 2.
+SPEC_VERSION = 2
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 REGIONS = ("open", "wrapped", "periodic")
 #: kJ/mol/nm; under such a force a carbon atom moves by two angstroms in one step of 0.5 fs.
@@ -52,9 +54,11 @@ class ForceSpec:
 
     Attributes:
         sha256: of the model file. path: where it was last seen. family: which family reads a file that is not ours.
-        numbers: atomic numbers in the order of the force's particles. atoms: their indices in the system; None
-            means all, in order.
-        charge: total charge in e. multiplicity: 2S+1.
+        numbers: atomic numbers of one copy, in the order of the force's particles. atoms: indices in the system of
+            all copies, one copy after the other; None means all particles, in order.
+        replicas: number of independent copies, which are evaluated together and do not see one another.
+        batch: copies in one evaluation of the model; None chooses.
+        charge: total charge of a copy in e. multiplicity: 2S+1.
         precision: 'single', 'double', or None for that of the model file. device: torch's name, None to choose.
         long_range_cutoff: angstrom, or None for the model's own.
         region: 'open' (no box), 'wrapped' (an open region in a periodic box: made whole first), 'periodic'.
@@ -76,6 +80,8 @@ class ForceSpec:
     compile: bool | str = "auto"
     threads: int | None = None
     max_force: float | None = DEFAULT_MAX_FORCE
+    replicas: int = 1
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("numbers", "atoms"):
@@ -86,9 +92,24 @@ class ForceSpec:
             raise ValueError(f"precision: expected 'single', 'double' or None, got {self.precision!r}")
         if self.region not in REGIONS:
             raise ValueError(f"region: expected one of {', '.join(REGIONS)}, got {self.region!r}")
+        for name in ("replicas", "batch"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        if self.atoms is not None and len(self.atoms) != self.replicas * len(self.numbers):
+            raise ValueError(
+                f"atoms: expected {self.replicas * len(self.numbers)} indices ({self.replicas} copies of "
+                f"{len(self.numbers)} atoms), got {len(self.atoms)}"
+            )
 
     def to_json(self) -> str:
-        return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, sort_keys=True, separators=(",", ":"))
+        fields = dataclasses.asdict(self)
+        version = SPEC_VERSION
+        if self.replicas == 1:
+            # what a single copy is stored as has not changed since version 1
+            del fields["replicas"], fields["batch"]
+            version = 1
+        return json.dumps({"version": version, **fields}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ForceSpec:
@@ -113,6 +134,7 @@ class ForceComputation:
     Attributes:
         spec: what was stored.
         options: `spec` as JSON text.
+        energies: of the last call that succeeded, one per copy, ``(replicas,)`` kJ/mol; None before it.
         error: the exception of the last call, without traceback objects; None after a call that succeeded. Its notes
             hold the traceback as text.
         last_call: when it was called last (`time.monotonic`), 0 before the first call.
@@ -123,7 +145,9 @@ class ForceComputation:
         self.error: BaseException | None = None
         self.options = self.spec.to_json()
         self._numbers = np.array(self.spec.numbers, dtype=np.int64)
-        self._evaluator: Evaluator | None = None
+        self.energies: np.ndarray | None = None
+        self._n_atoms = len(self._numbers) * self.spec.replicas
+        self._evaluator: Evaluator | CopiesEvaluator | None = None
         self._cell: np.ndarray | None = None
         self._lock = threading.RLock()
         self.last_call = 0.0
@@ -147,9 +171,19 @@ class ForceComputation:
             raise _explained(self.error, text)
 
     def describe(self, i: int) -> str:
-        """Atom `i` of this force as the user knows it, e.g. ``'atom 17 (C)'`` with the index in the system."""
-        index = i if self.spec.atoms is None else self.spec.atoms[i]
-        return f"atom {index} ({SYMBOLS[self.spec.numbers[i]]})"
+        """Atom `i` of this force as the user knows it.
+
+        For example ``'atom 17 (C)'`` with the index in the system, or ``'atom 17 (C) of replica 3'`` with the index
+        within the copy.
+        """
+        atoms, n = self.spec.atoms, len(self._numbers)
+        replica, inside = divmod(i, n)
+        index = i if atoms is None else atoms[i]
+        symbol = SYMBOLS[self.spec.numbers[inside]]
+        if self.spec.replicas == 1:
+            return f"atom {index} ({symbol})"
+        # copies are laid out alike, so the first one's indices are those within a copy
+        return f"atom {inside if atoms is None else atoms[inside]} ({symbol}) of replica {replica}"
 
     @property
     def model(self) -> Potential:
@@ -164,50 +198,101 @@ class ForceComputation:
 
     def _evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
         positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
-        if positions.shape != (len(self._numbers), 3):
+        if positions.shape != (self._n_atoms, 3):
             raise ValueError(
-                f"positions: this force was made for {len(self._numbers)} atoms, but the system hands it "
+                f"positions: this force was made for {self._n_atoms} atoms, but the system hands it "
                 f"{len(positions)}; create the system anew for the changed topology"
             )
         if not np.isfinite(positions).all():
-            raise checks.broken_positions(positions, self.describe, _when(state))
+            raise self._located(checks.broken_positions(positions, self.describe, _when(state)))
         cell = None
         if self.spec.region != "open":
             cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
             if self.spec.region == "wrapped":
-                positions, cell = checks.make_whole(positions, cell), None
+                positions, cell = self._made_whole(positions, cell), None
         self._cell = cell
         with _threads(self._n_threads()):
             try:
                 result = self._get_evaluator(positions, cell)(positions, cell)
             except ValueError as error:
-                same_place = checks.coincident(positions, cell, self.describe, _when(state))
+                same_place = self._coincident(positions, cell, _when(state))
                 if same_place is None:
                     raise
                 raise same_place from error
-        energy = float(result.energy[0]) * KJ_PER_MOL_PER_EV
+        energies = result.energy.detach().to("cpu", torch.float64).numpy() * KJ_PER_MOL_PER_EV
         assert result.forces is not None
         forces = result.forces.detach().to("cpu", torch.float64).numpy() * KJ_PER_MOL_NM_PER_EV_ANGSTROM
-        limit = np.inf if self.spec.max_force is None else self.spec.max_force
         if forces.shape != positions.shape:
             raise ValueError(f"forces: the model returned shape {forces.shape}, expected {positions.shape}")
+        limit = np.inf if self.spec.max_force is None else self.spec.max_force
+        energy = float(energies.sum())
         # written so that NaN fails too
         if not (np.isfinite(energy) and np.abs(forces).max() <= limit):
-            raise checks.unstable(energy, forces, positions, cell, limit, self.describe, _when(state))
+            raise self._unstable(energies, forces, positions, cell, limit, _when(state))
+        self.energies = energies
         return energy, np.ascontiguousarray(forces)
 
-    def _get_evaluator(self, positions: np.ndarray, cell: np.ndarray | None) -> Evaluator:
+    # -- copies; the slow paths below run only when something is wrong ---------------------------------------------
+
+    def _copies(self, positions: np.ndarray) -> np.ndarray:
+        """``(n_atoms, 3)`` of all copies -> ``(replicas, n_atoms of one, 3)``."""
+        return positions.reshape(self.spec.replicas, len(self._numbers), 3)
+
+    def _made_whole(self, positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        if self.spec.replicas == 1:
+            return checks.make_whole(positions, cell)
+        return checks.make_whole(self._copies(positions), cell).reshape(-1, 3)
+
+    def _located(self, error: checks.InstabilityError, replica: int | None = None) -> checks.InstabilityError:
+        """The error with the index of its atom among all copies, and which copy it is in."""
+        if replica is not None:
+            error.atom += replica * len(self._numbers)
+        if self.spec.replicas > 1:
+            error.replica = error.atom // len(self._numbers)
+        return error
+
+    def _describer(self, replica: int) -> checks.Describe:
+        return lambda i: self.describe(replica * len(self._numbers) + i)
+
+    def _coincident(self, positions: np.ndarray, cell: np.ndarray | None, when: str) -> checks.InstabilityError | None:
+        for k, copy in enumerate(self._copies(positions)):
+            error = checks.coincident(copy, cell, self._describer(k), when)
+            if error is not None:
+                return self._located(error, k)
+        return None
+
+    def _unstable(
+        self,
+        energies: np.ndarray,
+        forces: np.ndarray,
+        positions: np.ndarray,
+        cell: np.ndarray | None,
+        limit: float,
+        when: str,
+    ) -> checks.InstabilityError:
+        fine = np.isfinite(energies) & (np.abs(self._copies(forces)).max(axis=(1, 2)) <= limit)
+        k = int(fine.argmin())
+        copies = self._copies(positions), self._copies(forces)
+        error = checks.unstable(float(energies[k]), copies[1][k], copies[0][k], cell, limit, self._describer(k), when)
+        return self._located(error, k)
+
+    def _get_evaluator(self, positions: np.ndarray, cell: np.ndarray | None) -> Evaluator | CopiesEvaluator:
         if self._evaluator is None:
-            structure = Structure(self._numbers, positions, self.spec.charge, self.spec.multiplicity, cell)
-            model = self.model
-            self._evaluator = model.evaluator(structure, outputs=("energy", "forces"), compile=self.spec.compile)
+            spec, model = self.spec, self.model
+            structures = [
+                Structure(self._numbers, copy, spec.charge, spec.multiplicity, cell) for copy in self._copies(positions)
+            ]
+            if spec.replicas == 1:
+                self._evaluator = model.evaluator(structures[0], outputs=("energy", "forces"), compile=spec.compile)
+            else:
+                self._evaluator = CopiesEvaluator(model, structures, spec.compile, spec.batch)
         return self._evaluator
 
     def _n_threads(self) -> int:
         chosen = os.environ.get(THREADS_VARIABLE) or self.spec.threads
         if chosen is not None:
             return int(chosen)
-        return 1 if len(self._numbers) <= SINGLE_THREAD_MAX_ATOMS else torch.get_num_threads()
+        return 1 if self._n_atoms <= SINGLE_THREAD_MAX_ATOMS else torch.get_num_threads()
 
     def pair_list_state(self) -> dict[str, np.ndarray] | None:
         """Positions ``(n_atoms, 3)`` and cell (angstrom) at which the pair lists were built; None if none are kept.
@@ -216,9 +301,10 @@ class ForceComputation:
         """
         with self._lock:
             pairs = None if self._evaluator is None else self._evaluator.pairs
-            if pairs is None or pairs.reference is None:
+            reference = None if pairs is None else pairs.reference
+            if reference is None:
                 return None
-            found = {"positions": pairs.reference.cpu().numpy().copy()}
+            found = {"positions": reference.cpu().numpy().copy()}
             if self._cell is not None:
                 # the list is rebuilt whenever the box changes, so the last box is the list's
                 found["cell"] = self._cell.copy()
@@ -232,8 +318,9 @@ class ForceComputation:
             positions = np.array(saved["positions"], dtype=np.float64)
             cell = np.array(saved["cell"], dtype=np.float64) if "cell" in saved else None
             evaluator = self._get_evaluator(positions, cell)
-            evaluator.pairs.reference = None
-            evaluator.place(positions, cell, None)
+            device = self.model.device
+            box = None if cell is None else torch.as_tensor(cell, device=device)[None]
+            evaluator.pairs.restore(torch.as_tensor(positions, device=device), box)
 
 
 _registry: dict[str, weakref.WeakSet[ForceComputation]] = {}

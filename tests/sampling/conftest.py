@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import openmm
 import pytest
 import torch
+from openmm import app
+from openmmml import MLPotential
+
+from .copies import Molecule
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     return str(save_potential(SpookyNet(config).eval(), path, licence="MIT"))
+
+
+@pytest.fixture(scope="module")
+def molecule(alanine: str) -> Molecule:
+    pdb = app.PDBFile(alanine)
+    return Molecule(pdb.topology, np.array(pdb.getPositions(asNumpy=True)._value))
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_model: str) -> MLPotential:
+    return MLPotential("spookynet", modelPath=tiny_model)
+
+
+@pytest.fixture()
+def system(learned: MLPotential, molecule: Molecule) -> openmm.System:
+    return learned.createSystem(molecule.topology, compile=False)
