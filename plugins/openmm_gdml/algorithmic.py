@@ -1,0 +1,407 @@
+"""The kernel matrix of any descriptor, whose derivatives are taken by algorithmic differentiation.
+
+A descriptor is a function of positions, and nothing else is written down: `torch.func` pushes directions forward
+through it (J v), pulls gradients back (J^T g), and pushes a direction through the pull-back for Hessian-vector products
+(Schmitz, Mueller, Chmiela, J. Phys. Chem. Lett. 13, 10183 (2022)). `AlgorithmicOperator.matvec` does that once per
+multiplication and has no Jacobian; only blocks of the matrix itself (`dense`, `columns`) need those of the geometries
+at hand. Derivatives of the Matern kernel are those of `matern_jets`, which are safe at zero distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import jacfwd, vjp, vmap
+
+from openmm_gdml.matern_jets import Expansion, Jets, PairProducts
+from openmm_gdml.operators import TEMPORARY, as_permutations, as_tensor
+
+Function = Callable[[Tensor], Tensor]
+
+
+def push(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The value of a function and its derivative along a direction (`torch.func.jvp`)."""
+    result = torch.func.jvp(f, at, along)
+    return result[0], result[1]
+
+
+def batched(function: Function, example: Tensor) -> Function:
+    """A descriptor that takes any number of leading dimensions: itself if it does, else itself mapped over them.
+
+    Args:
+        function: positions ``(N, 3)`` or ``(..., N, 3)`` -> ``(D,)`` or ``(..., D)``.
+        example: a few different geometries, ``(n, N, 3)``, n >= 1.
+
+    Raises `ValueError` naming what the descriptor does instead.
+    """
+    if example.ndim != 3 or not len(example):
+        raise ValueError(f"example: expected shape (n, n_atoms, 3), got {tuple(example.shape)}")
+    pair = example[:1].repeat(2, 1, 1) if len(example) == 1 else example[:2]
+    try:
+        one = function(pair[0])
+    except Exception as error:
+        raise ValueError(f"descriptor: it failed for positions {tuple(pair[0].shape)}: {error}") from error
+    if not isinstance(one, Tensor) or one.ndim != 1 or one.dtype != torch.float64:
+        got = f"{one.dtype} {tuple(one.shape)}" if isinstance(one, Tensor) else type(one).__name__
+        raise ValueError(f"descriptor: expected one row of float64 numbers for positions (n_atoms, 3), got {got}")
+    if not bool(torch.isfinite(one).all()):
+        raise ValueError("descriptor: expected finite numbers, got NaN or infinity at the first geometry")
+    both = torch.stack([one, function(pair[1])])
+    for candidate in (function, mapped(function)):
+        try:
+            values = candidate(pair)
+        except Exception:
+            continue
+        if isinstance(values, Tensor) and values.shape == both.shape and torch.allclose(values, both):
+            return candidate
+    raise ValueError(
+        f"descriptor: expected shape (n, {len(one)}) for positions (n, n_atoms, 3); it neither takes leading "
+        "dimensions nor can torch.func.vmap map it over geometries"
+    )
+
+
+def mapped(function: Function) -> Function:
+    """A function of ``(N, 3)`` as one of ``(..., N, 3)``."""
+
+    def over_all(positions: Tensor) -> Tensor:
+        if positions.ndim == 2:
+            return function(positions)
+        rows = vmap(function)(positions.flatten(0, -3))
+        return rows.unflatten(0, positions.shape[:-2])
+
+    return over_all
+
+
+class AlgorithmicOperator:
+    """The kernel matrix of a training set with any descriptor (see `operators.Operator`).
+
+    Rows are the 3N force components of geometry 0, 1, ..., then, with energies, the energies of all geometries, then
+    the 3N components of H v for every direction v in `directions`, H the Hessian of the energy (+H v, not the change of
+    the forces, which is -H v).
+
+    Args:
+        positions: ``(M, N, 3)`` angstrom.
+        sigma: length scale in the unit of the descriptor.
+        descriptor: positions -> ``(..., D)``, differentiable three times (twice without directions).
+        permutations: ``(S, N)``, a group of permutations of equal atoms; None is the identity alone.
+        energies: whether energies are observed besides forces.
+        directions: ``(L, N, 3)``, in which Hessians were applied at the geometries `at`, ``(L,)``.
+
+    Raises `ValueError` naming the argument for impossible shapes or values, permutations without the identity, or a
+    descriptor whose derivatives are not finite at one of the geometries.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor | np.ndarray,
+        sigma: float,
+        descriptor: Function,
+        permutations: Tensor | np.ndarray | None = None,
+        energies: bool = False,
+        directions: Tensor | np.ndarray | None = None,
+        at: Sequence[int] | np.ndarray | Tensor | None = None,
+    ) -> None:
+        self.positions = as_tensor(positions)
+        if self.positions.ndim != 3 or self.positions.shape[2] != 3 or not len(self.positions):
+            raise ValueError(f"positions: expected shape (n_points, n_atoms, 3), got {tuple(self.positions.shape)}")
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"sigma: expected a positive number, got {sigma}")
+        self.n_points, self.n_atoms = self.positions.shape[:2]
+        self.block = 3 * self.n_atoms
+        self.sigma, self.scale = float(sigma), sqrt(5.0) / float(sigma)
+        self.energies = energies
+        self.permutations = _with_identity_first(as_permutations(permutations, self.n_atoms), self.n_atoms)
+        self.permutations = self.permutations.to(self.positions.device)
+        self._directions(directions, at)
+        self.n = self.n_forces + energies * self.n_points + len(self.at) * self.block
+        self.descriptor = batched(descriptor, self.positions)
+        self.descriptors = self._described(self.positions)
+        self.size = self.descriptors.shape[-1]
+        self._check_derivatives()
+
+    def _directions(
+        self, directions: Tensor | np.ndarray | None, at: Sequence[int] | np.ndarray | Tensor | None
+    ) -> None:
+        if (directions is None) != (at is None):
+            raise ValueError("at: expected the geometry of each direction, and directions, or neither of them")
+        device = self.positions.device
+        self.at = torch.as_tensor(np.asarray(at if at is not None else [], dtype=np.int64)).to(device)
+        shape = (len(self.at), self.n_atoms, 3)
+        self.directions = self.positions.new_zeros(shape) if directions is None else as_tensor(directions).to(device)
+        if self.directions.shape != shape:
+            raise ValueError(f"directions: expected shape {shape}, got {tuple(self.directions.shape)}")
+        if len(self.at) and not 0 <= int(self.at.min()) <= int(self.at.max()) < self.n_points:
+            raise ValueError(f"at: expected geometries 0 to {self.n_points - 1}, got {self.at.tolist()[:8]}")
+        if len(self.at) and not bool((self.directions.flatten(1).norm(dim=1) > 0).all()):
+            raise ValueError("directions: expected vectors that are not zero")
+
+    def _check_derivatives(self) -> None:
+        random = torch.from_numpy(np.random.default_rng(0).normal(size=self.positions.shape)).to(self.positions.device)
+        _, change = push(self._described, (self.positions,), (random,))
+        finite = torch.isfinite(self.descriptors).flatten(1).all(1) & torch.isfinite(change).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = int(torch.nonzero(~finite)[0])
+            raise ValueError(
+                f"descriptor: its value or derivative is not finite at geometry {bad} (a root or quotient of zero? "
+                "leave out the distance of an atom to itself)"
+            )
+
+    @property
+    def n_forces(self) -> int:
+        """Rows of forces; those of energies follow, then those of Hessian-vector products."""
+        return self.n_points * self.block
+
+    @property
+    def n_first(self) -> int:
+        """Rows of forces and energies."""
+        return self.n_forces + self.energies * self.n_points
+
+    def point(self, index: int) -> int:
+        """Which geometry a row belongs to."""
+        if index < self.n_forces:
+            return index // self.block
+        if index < self.n_first:
+            return index - self.n_forces
+        return int(self.at[(index - self.n_first) // self.block])
+
+    # -- descriptor and its derivatives ------------------------------------------------------------------------------
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """``(n, N, 3)`` -> all orders of equal atoms, ``(n, S, N, 3)``."""
+        return x[:, self.permutations]
+
+    def _described(self, positions: Tensor) -> Tensor:
+        """Unscaled descriptors in all orders, ``(n, N, 3)`` -> ``(n, S, D)``."""
+        return self.descriptor(self._ordered(positions))
+
+    def jacobian_times(self, v: Tensor) -> Tensor:
+        """J v, unscaled and in the given order of atoms: ``(M, N, 3)`` -> ``(M, D)``."""
+        return push(self.descriptor, (self.positions,), (v,))[1]
+
+    def second_derivative(self, v: Tensor, w: Tensor) -> Tensor:
+        """d^2 x[v, w] at the geometries of the directions, unscaled: ``(L, N, 3)`` twice -> ``(L, D)``."""
+        return push(lambda r: push(self.descriptor, (r,), (v,))[1], (self.positions[self.at],), (w,))[1]
+
+    def model_terms(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        """What `Expansion` and the model hold for coefficients ``(n,)`` of the rows, in unscaled descriptors.
+
+        Returns A ``(M, D)``, e ``(M,)`` or None, and x, a, b ``(L, D)`` of Hessian-vector products, or None.
+        """
+        forces = coefficients[: self.n_forces].view(self.n_points, -1, 3)
+        first = -self.jacobian_times(forces)
+        energies = coefficients[self.n_forces : self.n_first] if self.energies else None
+        if not len(self.at):
+            return first, energies, None
+        w = coefficients[self.n_first :].view(-1, self.n_atoms, 3)
+        where = self.positions[self.at]
+        x, a = push(self.descriptor, (where,), (self.directions,))
+        _, b = push(self.descriptor, (where,), (w,))
+        first = first.index_add(0, self.at, self.second_derivative(self.directions, w))
+        return first, energies, (x, a, b)
+
+    def _jets(self, chosen: slice | Tensor, first_order_only: bool = False) -> Jets:
+        """Scaled jets of some geometries in all orders of atoms."""
+        r = self.positions[chosen]
+        keep = slice(0, 1) if first_order_only else slice(None)
+        ordered = self.permutations[keep]
+
+        def f(one: Tensor) -> Tensor:
+            return self.scale * self.descriptor(one.view(-1, 3)[ordered])
+
+        flat = r.flatten(1)
+        return Jets(vmap(f)(flat), vmap(jacfwd(f))(flat))
+
+    def _product_jets(self, chosen: slice | Tensor, first_order_only: bool = False) -> Jets:
+        """Scaled jets at the geometries of some directions, with a and dJ."""
+        flat, v = self.positions[self.at[chosen]].flatten(1), self.directions[chosen].flatten(1)
+        ordered = self.permutations[slice(0, 1) if first_order_only else slice(None)]
+
+        def f(one: Tensor) -> Tensor:
+            return self.scale * self.descriptor(one.view(-1, 3)[ordered])
+
+        def both(one: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            x, a = push(f, (one,), (direction,))
+            jacobian, curvature = push(jacfwd(f), (one,), (direction,))
+            return x, jacobian, a, curvature
+
+        return Jets(*vmap(both)(flat, v))
+
+    # -- products with the matrix ------------------------------------------------------------------------------------
+
+    def _expansion(self, v: Tensor) -> Expansion:
+        """The predictor of coefficients ``v (n,)``, over all orders of the training geometries."""
+        m, n_atoms = self.n_points, self.n_atoms
+
+        def spread(x: Tensor) -> Tensor:
+            return self.scale * x.flatten(0, 1)
+
+        w = self._ordered(v[: self.n_forces].view(m, n_atoms, 3))
+        r = self._ordered(self.positions)
+        x, first = push(self.descriptor, (r,), (w,))
+        first = -first
+        energies = v[self.n_forces : self.n_first].repeat_interleave(len(self.permutations)) if self.energies else None
+        second = None
+        if len(self.at):
+            w, direction = self._ordered(v[self.n_first :].view(-1, n_atoms, 3)), self._ordered(self.directions)
+            where = r[self.at]
+            z, a = push(self.descriptor, (where,), (direction,))
+            b, c = push(lambda t: push(self.descriptor, (t,), (w,))[1], (where,), (direction,))
+            first = first.index_add(0, self.at, c)
+            second = (spread(z), spread(a), spread(b))
+        return Expansion(spread(x), spread(first), energies, second)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """K v for ``v (n,)``, without the matrix or a Jacobian: as predictions at the training geometries."""
+        v = as_tensor(v)
+        if v.shape != (self.n,):
+            raise ValueError(f"v: expected shape ({self.n},), got {tuple(v.shape)}")
+        expansion, out = self._expansion(v), torch.empty_like(v)
+        size = max(1, TEMPORARY // (4 * len(expansion.x) + 4 * len(self.at) * len(self.permutations)))
+        forces = out[: self.n_forces].view(self.n_points, -1, 3)
+        for i in range(0, self.n_points, size):
+            chosen = slice(i, min(i + size, self.n_points))
+            x, pull_back, *_ = vjp(self.descriptor, self.positions[chosen])
+            x = self.scale * x
+            forces[chosen] = -pull_back(self.scale * expansion.gradient(x))[0]
+            if self.energies:
+                out[self.n_forces + chosen.start : self.n_forces + chosen.stop] = expansion.value(x)
+        products = out[self.n_first :].view(-1, self.n_atoms, 3)
+        for i in range(0, len(self.at), size):
+            products[i : i + size] = self._hessian_rows(expansion, slice(i, min(i + size, len(self.at))))
+        return out
+
+    def _hessian_rows(self, expansion: Expansion, chosen: slice) -> Tensor:
+        """H v of an expansion at the geometries of some directions, forward over reverse: ``(l, N, 3)``."""
+        r, v = self.positions[self.at[chosen]], self.directions[chosen]
+        x, a = push(self.descriptor, (r,), (v,))
+        x, a = self.scale * x, self.scale * a
+        gradient, change = expansion.gradient(x), expansion.hessian_times(x, a)
+
+        def pulled(positions: Tensor, g: Tensor) -> Tensor:
+            return vjp(self.descriptor, positions)[1](self.scale * g)[0]
+
+        return push(pulled, (r, gradient), (v, change))[1]
+
+    # -- the matrix itself -------------------------------------------------------------------------------------------
+
+    def dense(self) -> Tensor:
+        """The whole matrix, ``(n, n)`` float64; the caller may overwrite it."""
+        k = self.positions.new_zeros(self.n, self.n)
+        self._fill(k, torch.arange(self.n_points), torch.arange(len(self.at)))
+        return k
+
+    def columns(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Columns of K, ``(n, len(indices))`` float64."""
+        index = torch.as_tensor(np.asarray(indices)).to(torch.int64)
+        if index.ndim != 1 or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.n):
+            raise ValueError(f"indices: expected one row of numbers from 0 to {self.n - 1}, got {index.tolist()[:8]}")
+        product = index >= self.n_first
+        force = index < self.n_forces
+        points = torch.unique(torch.cat([index[force] // self.block, index[~force & ~product] - self.n_forces]))
+        at = torch.unique((index[product] - self.n_first) // self.block)
+        out = self.positions.new_empty(self.n, len(index))
+        step = max(1, TEMPORARY // (self.n * self.block))
+        for group in points.split(step):
+            block = self._group(group, at[:0])
+            column = torch.searchsorted(group, torch.where(force, index // self.block, index - self.n_forces))
+            column = column.clamp_max(len(group) - 1)
+            here = ~product & (group[column] == torch.where(force, index // self.block, index - self.n_forces))
+            place = torch.where(force, column * self.block + index % self.block, len(group) * self.block + column)
+            out[:, here] = block[:, place[here]]
+        for group in at.split(step):
+            block = self._group(points[:0], group)
+            number = (index - self.n_first).div(self.block, rounding_mode="floor")
+            column = torch.searchsorted(group, number).clamp_max(len(group) - 1)
+            here = product & (group[column] == number)
+            out[:, here] = block[:, (column * self.block + (index - self.n_first) % self.block)[here]]
+        return out
+
+    def _group(self, points: Tensor, at: Tensor) -> Tensor:
+        """All columns of some geometries and directions: forces, energies, products."""
+        width = len(points) * (self.block + self.energies) + len(at) * self.block
+        out = self.positions.new_zeros(self.n, width)
+        self._fill(out, points, at)
+        return out
+
+    def _fill(self, out: Tensor, points: Tensor, at: Tensor) -> None:
+        """Columns of the forces and energies of `points` and of the products `at` into ``out``, in that order."""
+        per_pair = len(self.permutations) * (self.size * (self.block + 2) + 4 * self.block) + 6 * self.block**2
+        size = max(1, int(sqrt(TEMPORARY / per_pair)))
+        n_force, n_first = len(points) * self.block, len(points) * (self.block + self.energies)
+        for j in range(0, len(points), size):
+            group = points[j : j + size]
+            right = self._jets(group)
+            force = slice(j * self.block, (j + len(group)) * self.block)
+            energy = slice(n_force + j, n_force + j + len(group)) if self.energies else None
+            self._fill_rows(out, right, force, energy, None, size)
+        for j in range(0, len(at), size):
+            group = at[j : j + size]
+            product = slice(n_first + j * self.block, n_first + (j + len(group)) * self.block)
+            self._fill_rows(out, self._product_jets(group), None, None, product, size)
+
+    def _fill_rows(
+        self, out: Tensor, right: Jets, force: slice | None, energy: slice | None, product: slice | None, size: int
+    ) -> None:
+        """All rows of a few columns, which are of `right`."""
+        for i in range(0, self.n_points, size):
+            rows = slice(i, min(i + size, self.n_points))
+            left = self._jets(rows, first_order_only=True)
+            pairs = PairProducts(left, right)
+            of_force = slice(rows.start * self.block, rows.stop * self.block)
+            of_energy = slice(self.n_forces + rows.start, self.n_forces + rows.stop)
+            if force is not None:
+                out[of_force, force] = _matrix(pairs.force_force())
+            if product is not None:
+                out[of_force, product] = _matrix(pairs.force_product())
+            if self.energies and force is not None:
+                out[of_energy, force] = pairs.energy_force().flatten(1)
+            if self.energies and product is not None:
+                out[of_energy, product] = pairs.energy_product().flatten(1)
+            if energy is not None:
+                out[of_energy, energy] = pairs.energy_energy()
+                out[of_force, energy] = -(pairs.h[1][..., None] * pairs.p).sum(2).transpose(1, 2).flatten(0, 1)
+        for i in range(0, len(self.at), size):
+            left = self._product_jets(slice(i, min(i + size, len(self.at))), first_order_only=True)
+            at = slice(self.n_first + i * self.block, self.n_first + (i + len(left)) * self.block)
+            pairs = PairProducts(left, right)
+            if product is not None:
+                out[at, product] = _matrix(pairs.product_product())
+            if force is not None:
+                out[at, force] = _matrix(pairs.product_force())
+            if energy is not None:
+                out[at, energy] = pairs.product_energy().transpose(1, 2).flatten(0, 1)
+
+    def diagonal(self) -> Tensor:
+        """``(n,)`` float64."""
+        out = self.positions.new_empty(self.n)
+        for k in range(self.n_points):
+            pairs = PairProducts(self._jets(slice(k, k + 1), first_order_only=True), self._jets(slice(k, k + 1)))
+            out[k * self.block : (k + 1) * self.block] = pairs.force_force()[0, 0].diagonal()
+            if self.energies:
+                out[self.n_forces + k] = pairs.energy_energy()[0, 0]
+        for k in range(len(self.at)):
+            one = slice(k, k + 1)
+            pairs = PairProducts(self._product_jets(one, first_order_only=True), self._product_jets(one))
+            at = self.n_first + k * self.block
+            out[at : at + self.block] = pairs.product_product()[0, 0].diagonal()
+        return out
+
+
+def _matrix(blocks: Tensor) -> Tensor:
+    """``(i, j, m, n)`` -> ``(i m, j n)``."""
+    i, j, m, n = blocks.shape
+    return blocks.transpose(1, 2).reshape(i * m, j * n)
+
+
+def _with_identity_first(permutations: Tensor, n_atoms: int) -> Tensor:
+    if permutations.ndim != 2 or permutations.shape[1] != n_atoms or not len(permutations):
+        raise ValueError(f"permutations: expected shape (S, {n_atoms}), got {tuple(permutations.shape)}")
+    same = (permutations.cpu() == torch.arange(n_atoms)).all(1)
+    if int(same.sum()) != 1:
+        raise ValueError(f"permutations: expected the identity among them once, got {int(same.sum())} times")
+    order = torch.cat([torch.nonzero(same).flatten(), torch.nonzero(~same).flatten()])
+    return permutations[order.to(permutations.device)]
