@@ -18,18 +18,33 @@ from openmm_mlff._plugins import near
 
 INVERSE_DISTANCES = "inverse_distances"
 Descriptor = Callable[..., Tensor]
+#: what `pair_gradients` is to `inverse_distances`: x ``(..., D)`` and the compressed Jacobian g ``(..., D, 3)``
+Gradients = Callable[..., tuple[Tensor, Tensor]]
 
 _registry: dict[str, Descriptor] = {}
+_gradients: dict[str, Gradients] = {}
 
 
-def register(name: str, function: Descriptor) -> Descriptor:
+def register(name: str, function: Descriptor, gradients: Gradients | None = None) -> Descriptor:
     """Make a descriptor known under a name, which model files carry; returns the function.
+
+    Args:
+        gradients: of a descriptor with one component for every pair of atoms, which depends on r_i - r_j alone: the
+            same keywords -> x and g = -dx_k/dr_i, which puts it on the fast path of inverse distances.
 
     Raises `ValueError` if the name belongs to another function.
     """
     if _registry.setdefault(name, function) is not function:
         raise ValueError(f"name: the descriptor {name!r} is registered already")
+    if gradients is not None:
+        _gradients[name] = gradients
     return function
+
+
+def gradients_of(name: str, options: Mapping[str, Any] | None = None) -> Gradients | None:
+    """The closed-form gradients of a pair descriptor with its options bound; None for any other descriptor."""
+    found = _gradients.get(name)
+    return functools.partial(found, **options) if found is not None and options else found
 
 
 def descriptor(name: str, options: Mapping[str, Any] | None = None) -> Descriptor:
@@ -44,7 +59,7 @@ def descriptor(name: str, options: Mapping[str, Any] | None = None) -> Descripto
 
 def descriptor_size(name: str, n_atoms: int, options: Mapping[str, Any] | None = None) -> int:
     """Number D of components that a descriptor has for `n_atoms` atoms."""
-    if name == INVERSE_DISTANCES:
+    if name in _gradients:
         return n_atoms * (n_atoms - 1) // 2
     somewhere = torch.from_numpy(np.random.default_rng(0).normal(scale=2.0, size=(n_atoms, 3)))
     return int(descriptor(name, options)(somewhere).shape[-1])
@@ -114,4 +129,4 @@ def pair_permutations(permutations: Tensor) -> Tensor:
     return high * (high - 1) // 2 + low
 
 
-register(INVERSE_DISTANCES, inverse_distances)
+register(INVERSE_DISTANCES, inverse_distances, pair_gradients)

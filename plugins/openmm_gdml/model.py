@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_gdml import images as _images  # noqa: F401  (registers its descriptor)
 from openmm_gdml import kernel, lattices
 from openmm_gdml.atom_order import wrong_atoms
 from openmm_gdml.config import GDMLConfig
 from openmm_gdml.descriptors import (
-    INVERSE_DISTANCES,
     descriptor,
     descriptor_size,
-    pair_gradients,
+    gradients_of,
     pair_permutations,
     times_jacobian_transposed,
 )
@@ -78,6 +78,7 @@ class GDMLPotential(Potential):
         n, m = len(c.numbers), c.n_train
         size = descriptor_size(c.descriptor, n, c.descriptor_options)
         self._descriptor = descriptor(c.descriptor, c.descriptor_options)
+        self._gradients = gradients_of(c.descriptor, c.descriptor_options)
         shapes = {"descriptors": (m, size), "coefficients": (m, size), "shift": ()}
         shapes |= {"energy_coefficients": (m,)} if c.energy_constraints else {}
         shapes |= {"lattice": (3, 3)} if c.periodic else {}
@@ -157,8 +158,8 @@ class GDMLPotential(Potential):
 
     @property
     def closed_form(self) -> bool:
-        """Whether the descriptor is inverse distances, for which everything is written out."""
-        return self.config.descriptor == INVERSE_DISTANCES
+        """Whether the descriptor is one of pairs, as inverse distances are, for which everything is written out."""
+        return self._gradients is not None
 
     @property
     def prepared(self) -> Prepared:
@@ -338,7 +339,8 @@ class GDMLPotential(Potential):
     @torch.no_grad()
     def _closed(self, positions: Tensor, lattice: Tensor | None) -> tuple[Tensor, Tensor]:
         p = self.prepared
-        x, g = pair_gradients(positions, lattice)
+        assert self._gradients is not None
+        x, g = self._gradients(positions, lattice)
         energy, f = self._descriptor_forces(x[..., p.pair_permutations] - p.centre)
         # back from the permuted descriptors to those of the query, summed over permutations
         index = p.pair_permutations.expand_as(f).reshape(len(x), -1)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_gdml.descriptors import pair_gradients, pair_indices, pair_permutations
+from openmm_gdml.descriptors import Gradients, pair_gradients, pair_indices, pair_permutations
 
 #: numbers that one temporary array of a blocked loop may hold (16 MB in float64).
 TEMPORARY = 1 << 21
@@ -78,16 +78,17 @@ class PairTables:
     h: Tensor
 
     @classmethod
-    def of(cls, positions: Tensor, lattice: Tensor | None = None) -> PairTables:
+    def of(cls, positions: Tensor, lattice: Tensor | None = None, gradients: Gradients = pair_gradients) -> PairTables:
         """Tables of ``positions (n, N, 3)`` in angstrom; `lattice` holds box vectors as rows.
 
-        With a lattice a pair is taken at the image that `descriptors.pair_vectors` chooses.
+        With a lattice a pair is taken at the image that `descriptors.pair_vectors` chooses. `gradients` are those of
+        another pair descriptor (`descriptors.gradients_of`), which then takes the place of inverse distances.
         """
         n, (i, j) = positions.shape[1], (k.to(positions.device) for k in pair_indices(positions.shape[1]))
-        values, gradients = pair_gradients(positions, lattice)
+        values, slopes = gradients(positions, lattice)
         x, h = positions.new_zeros(len(positions), n, n), positions.new_zeros(len(positions), n, n, 3)
         x[:, i, j], x[:, j, i] = values, values
-        h[:, i, j], h[:, j, i] = -gradients, gradients
+        h[:, i, j], h[:, j, i] = -slopes, slopes
         return cls(x, h)
 
     def __getitem__(self, chosen: slice | Tensor) -> PairTables:
@@ -122,6 +123,7 @@ def force_blocks(
     sigma: float,
     permutations: Tensor | np.ndarray | None = None,
     lattice: Tensor | np.ndarray | None = None,
+    gradients: Gradients = pair_gradients,
 ) -> Tensor:
     """Covariances of forces between two sets of geometries.
 
@@ -130,6 +132,7 @@ def force_blocks(
         sigma: length scale in 1/angstrom.
         permutations: ``(S, N)``, a group; None is the identity alone.
         lattice: box vectors as rows, ``(3, 3)`` angstrom, or None.
+        gradients: of the pair descriptor.
 
     Returns ``(a, 3N, b, 3N)``, positive semi-definite as a matrix if the two sets are one.
     """
@@ -138,7 +141,7 @@ def force_blocks(
     n = one.shape[1]
     out = one.new_empty(len(one), 3 * n, len(other), 3 * n)
     symmetry = as_permutations(permutations, n)
-    fill_force_blocks(PairTables.of(one, cell), PairTables.of(other, cell), sigma, symmetry, out)
+    fill_force_blocks(PairTables.of(one, cell, gradients), PairTables.of(other, cell, gradients), sigma, symmetry, out)
     return out
 
 
@@ -194,6 +197,7 @@ class KernelOperator:
         lattice: box vectors as rows, ``(3, 3)`` angstrom, or None.
         energies: whether energies are observed besides forces.
         memory: bytes that `matvec` may use to keep what does not depend on its argument.
+        gradients: of the pair descriptor (`descriptors.gradients_of`).
 
     Raises `ValueError` naming the argument for impossible shapes or values, or permutations that are no group.
     """
@@ -206,6 +210,7 @@ class KernelOperator:
         lattice: Tensor | np.ndarray | None = None,
         energies: bool = False,
         memory: int = 1 << 29,
+        gradients: Gradients = pair_gradients,
     ) -> None:
         self.positions = as_tensor(positions)
         if self.positions.ndim != 3 or self.positions.shape[2] != 3 or not len(self.positions):
@@ -220,7 +225,7 @@ class KernelOperator:
         self.lattice = None if lattice is None else as_tensor(lattice).to(self.positions.device)
         self.permutations = _checked_group(as_permutations(permutations, n_atoms), n_atoms)
         self.memory = memory
-        self.tables = PairTables.of(self.positions, self.lattice)
+        self.tables = PairTables.of(self.positions, self.lattice, gradients)
         device = self.positions.device
         self._pairs = tuple(k.to(device) for k in pair_indices(n_atoms))
         self._pair_permutations = pair_permutations(self.permutations).to(device)
