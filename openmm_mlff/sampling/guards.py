@@ -27,11 +27,13 @@ class RunFailed(RuntimeError):
 
     Attributes:
         folder: where System, State and integrator were saved; None if nothing could be.
+        replicas: which copies it was, in a run of many.
     """
 
-    def __init__(self, message: str, folder: Path | None = None) -> None:
+    def __init__(self, message: str, folder: Path | None = None, replicas: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.folder = folder
+        self.replicas = tuple(replicas)
 
 
 class Guard:
@@ -87,6 +89,22 @@ class Guard:
             )
         return self.broken_bond(positions, box)
 
+    def check_copies(
+        self, positions: np.ndarray, forces: np.ndarray, energies: np.ndarray, box: np.ndarray | None
+    ) -> dict[int, str]:
+        """What is wrong with which of many copies of the molecule; empty if nothing is.
+
+        Args:
+            positions: ``(n, n_atoms, 3)`` nm. forces: the same, kJ/mol/nm. energies: ``(n,)`` kJ/mol.
+        """
+        # comparisons with NaN are false, so NaN counts as wrong
+        fine = np.isfinite(energies) & np.isfinite(positions).all(axis=(1, 2))
+        fine &= (np.square(forces).sum(axis=-1) <= self._max_force**2).all(axis=-1)
+        if len(self._bonds):
+            fine &= (self._lengths(positions, box) <= self._longest).all(axis=-1)
+        wrong = {int(k): self.check(positions[k], forces[k], float(energies[k]), box) for k in np.flatnonzero(~fine)}
+        return {k: message for k, message in wrong.items() if message is not None}
+
     def broken_bond(self, positions: np.ndarray, box: np.ndarray | None) -> str | None:
         """The most overstretched bond, or None if all are whole."""
         if len(self._bonds) == 0:
@@ -102,11 +120,12 @@ class Guard:
         )
 
     def _lengths(self, positions: np.ndarray, box: np.ndarray | None) -> np.ndarray:
-        d = positions[self._bonds[:, 1]] - positions[self._bonds[:, 0]]
+        """Of all bonds, ``(..., n_bonds)``, at positions ``(..., n_atoms, 3)``."""
+        d = positions[..., self._bonds[:, 1], :] - positions[..., self._bonds[:, 0], :]
         if box is not None:
             for k in (2, 1, 0):
-                d = d - np.rint(d[:, k : k + 1] / box[k, k]) * box[k]
-        return np.linalg.norm(d, axis=1)
+                d = d - np.rint(d[..., k : k + 1] / box[k, k]) * box[k]
+        return np.linalg.norm(d, axis=-1)
 
 
 def save_failure(folder: str | Path, context: openmm.Context, topology: app.Topology, message: str) -> Path:

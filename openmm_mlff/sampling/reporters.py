@@ -95,6 +95,20 @@ def truncate_dcd(path: str | Path, frames: int, n_atoms: int, periodic: bool) ->
         file.write(struct.pack("<i", frames))
 
 
+def dcd_frames(path: str | Path, n_atoms: int, periodic: bool) -> np.ndarray:
+    """All whole frames, ``(frames, n_atoms, 3)`` angstrom, float32; also of a file that is being written.
+
+    Raises `ValueError` if the file is not a DCD of that many atoms by OpenMM.
+    """
+    frames = count_dcd_frames(path, n_atoms, periodic)
+    axis = np.dtype([("before", "<i4"), ("values", "<f4", (n_atoms,)), ("after", "<i4")])
+    record = np.dtype(([("box", "V56")] if periodic else []) + [(name, axis) for name in "xyz"])
+    with open(path, "rb") as file:
+        file.seek(_DCD_HEADER)
+        read = np.fromfile(file, dtype=record, count=frames)
+    return np.stack([read[name]["values"] for name in "xyz"], axis=-1)
+
+
 def _frame_bytes(n_atoms: int, periodic: bool) -> int:
     return (56 if periodic else 0) + 3 * (4 * n_atoms + 8)
 

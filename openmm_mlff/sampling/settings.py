@@ -82,15 +82,15 @@ class RunSettings:
                 words = ", ".join(str(a) for a in allowed if a is not None)
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
         for name in ("temperature", "timestep", "friction", "max_force"):
-            _positive(name, getattr(self, name))
+            require_positive(name, getattr(self, name))
         for name in ("padding", "long_range_cutoff"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                require_positive(name, getattr(self, name))
         for name, least in (("steps", 0), ("equilibration_steps", 0), ("minimization_steps", 0), ("seed", 1),
                             ("report_interval", 1), ("checkpoint_interval", 1)):  # fmt: skip
-            _whole(name, getattr(self, name), least)
+            require_whole(name, getattr(self, name), least)
         if self.threads is not None:
-            _whole("threads", self.threads, 1)
+            require_whole("threads", self.threads, 1)
         if self.seed >= 2**31:
             raise ValueError(f"seed: expected less than 2^31, got {self.seed}")
         for name, atoms in self.torsions.items():
@@ -116,12 +116,14 @@ class RunSettings:
         return dataclasses.replace(self, **changes)
 
 
-def _positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raises `ValueError` naming the argument if it is not a positive finite number."""
     if not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
-def _whole(name: str, value: int, least: int) -> None:
+def require_whole(name: str, value: int, least: int) -> None:
+    """Raises `ValueError` naming the argument if it is not a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
