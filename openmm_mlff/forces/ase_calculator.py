@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.vibrations import VibrationsData
 
 from openmm_mlff.data.structures import Structure, check_charge_and_multiplicity
 from openmm_mlff.forces.python_force import PRECISIONS, choose_device
@@ -98,6 +99,29 @@ class MLFFCalculator(Calculator):
             self.results["charges"] = _array(result.charges)
         if result.dipole is not None and structure.cell is None:
             self.results["dipole"] = _array(result.dipole[0])
+
+    def get_hessian(self, atoms: Atoms | None = None) -> np.ndarray:
+        """Analytic second derivatives of the energy, ``(3 n_atoms, 3 n_atoms)`` eV/angstrom^2, x, y, z of atom 0 first.
+
+        Charge and multiplicity hold as for energies. Constraints of `atoms` are not applied.
+        """
+        atoms = self.atoms if atoms is None else atoms
+        if atoms is None:
+            raise ValueError("atoms: expected an Atoms object, got None")
+        return self.potential.hessian(self._structure(atoms))
+
+    def get_vibrations(self, atoms: Atoms | None = None) -> VibrationsData:
+        """Normal modes and frequencies of `atoms`, which should be at a minimum, from the analytic Hessian.
+
+        The masses are those of `atoms`; its frequencies (``get_frequencies()``, 1/cm) include the six of motions of the
+        whole molecule, near zero.
+        """
+        atoms = self.atoms if atoms is None else atoms
+        if atoms is None:
+            raise ValueError("atoms: expected an Atoms object, got None")
+        free = atoms.copy()
+        free.set_constraint()
+        return VibrationsData.from_2d(free, self.get_hessian(atoms))
 
     def _structure(self, atoms: Atoms) -> Structure:
         if atoms.pbc.any() and not atoms.pbc.all():

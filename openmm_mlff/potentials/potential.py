@@ -196,6 +196,21 @@ class Potential(nn.Module):
         assert result.forces is not None
         return float(result.energy[0]), result.forces.detach().cpu().numpy().astype(np.float64)
 
+    def hessian_products(self, structure: Structure, directions: np.ndarray) -> np.ndarray:
+        """H v for directions v ``(k, n_atoms, 3)``, H = d^2E/dR^2: ``(k, n_atoms, 3)`` eV/angstrom^2 times v, float64.
+
+        Raises `ValueError` for directions of another shape.
+        """
+        from openmm_mlff.potentials.hessian import products_by_autograd
+
+        return products_by_autograd(self, structure, directions)
+
+    def hessian(self, structure: Structure) -> np.ndarray:
+        """d^2E/dR^2, ``(3 n_atoms, 3 n_atoms)`` eV/angstrom^2, float64; x, y, z of atom 0 first."""
+        from openmm_mlff.potentials.hessian import hessian
+
+        return hessian(self, structure)
+
 
 def energy_forces(energy: Tensor, positions: Tensor, create_graph: bool = False) -> Tensor:
     """Forces ``-d(sum of energies)/d(positions)``, zero where the energy does not depend on the positions."""

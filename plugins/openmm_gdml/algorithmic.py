@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vjp, vmap
 
-from openmm_gdml.matern_jets import Expansion, Jets, PairProducts
+from openmm_gdml.matern_jets import Expansion, Jets, PairProducts, SecondOrder
 from openmm_gdml.operators import TEMPORARY, as_permutations, as_tensor
 
 Function = Callable[[Tensor], Tensor]
@@ -91,6 +91,9 @@ class AlgorithmicOperator:
         energies: whether energies are observed besides forces.
         directions: ``(L, N, 3)``, in which Hessians were applied at the geometries `at`, ``(L,)``.
 
+    Attributes:
+        descriptors: x of the geometries in their given order of atoms, ``(M, D)``, not scaled.
+
     Raises `ValueError` naming the argument for impossible shapes or values, permutations without the identity, or a
     descriptor whose derivatives are not finite at one of the geometries.
     """
@@ -119,9 +122,10 @@ class AlgorithmicOperator:
         self._directions(directions, at)
         self.n = self.n_forces + energies * self.n_points + len(self.at) * self.block
         self.descriptor = batched(descriptor, self.positions)
-        self.descriptors = self._described(self.positions)
+        self.descriptors = self.descriptor(self.positions)
         self.size = self.descriptors.shape[-1]
         self._check_derivatives()
+        self._check_symmetry()
 
     def _directions(
         self, directions: Tensor | np.ndarray | None, at: Sequence[int] | np.ndarray | Tensor | None
@@ -142,12 +146,25 @@ class AlgorithmicOperator:
     def _check_derivatives(self) -> None:
         random = torch.from_numpy(np.random.default_rng(0).normal(size=self.positions.shape)).to(self.positions.device)
         _, change = push(self._described, (self.positions,), (random,))
-        finite = torch.isfinite(self.descriptors).flatten(1).all(1) & torch.isfinite(change).flatten(1).all(1)
+        finite = torch.isfinite(self.descriptors).all(1) & torch.isfinite(change).flatten(1).all(1)
         if not bool(finite.all()):
             bad = int(torch.nonzero(~finite)[0])
             raise ValueError(
                 f"descriptor: its value or derivative is not finite at geometry {bad} (a root or quotient of zero? "
                 "leave out the distance of an atom to itself)"
+            )
+
+    def _check_symmetry(self) -> None:
+        """The kernel is symmetric, and the model's sum over orders of the query the same, if orders keep distances."""
+        x = self._described(self.positions[:64])
+        distance = torch.stack([torch.pdist(x[:, p]) for p in range(x.shape[1])], 1)
+        change = (distance - distance[:, :1]).abs().amax(0) / distance.abs().amax().clamp_min(1e-30)
+        if len(distance) and float(change.max()) > 1e-8:
+            row = self.permutations[int(change.argmax())].tolist()
+            raise ValueError(
+                f"permutations: the order of atoms {row} changes how far geometries are from one another in this "
+                "descriptor, so that it cannot be used with these permutations: let it treat equal atoms alike (all "
+                "equivalent dihedrals, for example), or use permutations=None"
             )
 
     @property
@@ -251,7 +268,7 @@ class AlgorithmicOperator:
             z, a = push(self.descriptor, (where,), (direction,))
             b, c = push(lambda t: push(self.descriptor, (t,), (w,))[1], (where,), (direction,))
             first = first.index_add(0, self.at, c)
-            second = (spread(z), spread(a), spread(b))
+            second = SecondOrder(spread(z), spread(a), spread(b))
         return Expansion(spread(x), spread(first), energies, second)
 
     def matvec(self, v: Tensor) -> Tensor:

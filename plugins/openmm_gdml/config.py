@@ -20,6 +20,7 @@ class GDMLConfig:
         periodic: whether pair vectors are wrapped by a fixed lattice.
         lam: regularisation lambda that the model was trained with, for the record.
         energy_constraints: whether the expansion has terms for energies too.
+        n_products: Hessian-vector products L among the training data, each a term of the expansion.
         keeps_alphas: whether the raw coefficients are kept (needed to train further).
         beads: bead names of a coarse-grained model.
         charge: total charge (e) of the training data, multiplicity: its 2S+1; None: not recorded, any is accepted.
@@ -34,6 +35,7 @@ class GDMLConfig:
     periodic: bool = False
     lam: float | None = None
     energy_constraints: bool = False
+    n_products: int = 0
     keeps_alphas: bool = False
     beads: tuple[str, ...] | None = None
     charge: int | None = None
@@ -50,6 +52,8 @@ class GDMLConfig:
         for name in ("n_train", "n_permutations"):
             if int(getattr(self, name)) != getattr(self, name) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
+        if int(self.n_products) != self.n_products or self.n_products < 0:
+            raise ValueError(f"n_products: expected a whole number, got {self.n_products!r}")
         object.__setattr__(self, "sigma", float(self.sigma))
         if not 0 < self.sigma < float("inf"):
             raise ValueError(f"sigma: expected a positive number, got {self.sigma!r}")

@@ -7,6 +7,7 @@ Pairs (i, j), i > j, are in the order of ``numpy.tril_indices(N, -1)``: (1,0), (
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_mlff._plugins import near
+from openmm_mlff._plugins import load, near, registered
 
 INVERSE_DISTANCES = "inverse_distances"
+#: installed packages name descriptors of their own in this group of entry points
+ENTRY_POINTS = "openmm_gdml.descriptors"
 Descriptor = Callable[..., Tensor]
 #: what `pair_gradients` is to `inverse_distances`: x ``(..., D)`` and the compressed Jacobian g ``(..., D, 3)``
 Gradients = Callable[..., tuple[Tensor, Tensor]]
@@ -48,13 +51,44 @@ def gradients_of(name: str, options: Mapping[str, Any] | None = None) -> Gradien
 
 
 def descriptor(name: str, options: Mapping[str, Any] | None = None) -> Descriptor:
-    """The descriptor of a name with its options bound; raises `ValueError` naming what is registered."""
+    """The descriptor of a name with its options bound: one of this package, a registered one, or an entry point.
+
+    Raises `ValueError` naming what is known, and how a descriptor of one's own becomes so.
+    """
+    if name not in _registry and name in registered(ENTRY_POINTS):
+        register(name, load(ENTRY_POINTS, name))
     if name not in _registry:
         raise ValueError(
-            f"descriptor: no descriptor is called {name!r} ({near(name, _registry)}); a descriptor of your own must be "
-            "registered with openmm_gdml.descriptors.register before its model is loaded"
+            f"descriptor: no descriptor is called {name!r} ({near(name, _registry)}). A model file holds only the "
+            "name: before it is loaded, import the module that calls openmm_gdml.descriptors.register with name and "
+            f"function, or install a package with an entry point of that name in the group {ENTRY_POINTS!r}"
         )
     return functools.partial(_registry[name], **options) if options else _registry[name]
+
+
+def name_of(function: Descriptor | str) -> str:
+    """The name under which a descriptor is registered; a named function that is not yet is registered by its name.
+
+    Raises `ValueError` for a function without a name of its own, or whose name belongs to another one.
+    """
+    if isinstance(function, str):
+        return function
+    known = [name for name, other in _registry.items() if other is function]
+    if known:
+        return known[0]
+    name = getattr(function, "__name__", "")
+    if not name.isidentifier():
+        raise ValueError(
+            f"descriptor: expected the name of a descriptor or a function with a name, got {function!r}; give it one "
+            "with openmm_gdml.descriptors.register"
+        )
+    register(name, function)
+    return name
+
+
+def takes(function: Descriptor, keyword: str) -> bool:
+    """Whether a descriptor has an option of this name."""
+    return keyword in inspect.signature(function).parameters
 
 
 def descriptor_size(name: str, n_atoms: int, options: Mapping[str, Any] | None = None) -> int:

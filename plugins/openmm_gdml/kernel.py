@@ -93,3 +93,12 @@ def energy_and_weights(
         total = total + ((1.0 + d + d * d / 3.0) * e) @ energy_coefficients
         w1 = w1 + w2 * energy_coefficients
     return total, w1, w2
+
+
+def second_order_energy(q: Tensor, ua: Tensor, ub: Tensor, ab: Tensor, sigma: float) -> Tensor:
+    """Energy of the terms of Hessian-vector products, ``(..., L)`` each (``ab (L,)``) -> ``(...)``.
+
+    E = sum_l (a_l . grad)(b_l . grad) kappa = sum_l (25/(3 sigma^4)) e^-d (u.a)(u.b) - (5/(3 sigma^2)) (1 + d) e^-d a.b
+    """
+    curved = Matern.apply(q, sigma, 0) * ua * ub * (25.0 / (3.0 * sigma**4))
+    return (curved - Matern.apply(q, sigma, 1) * ab * (5.0 / (3.0 * sigma**2))).sum(-1)

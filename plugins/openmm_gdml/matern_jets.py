@@ -33,6 +33,8 @@ from torch import Tensor
 NEAREST = 1e-30
 #: ... and where |u|^2 = |x|^2 + |x'|^2 - 2 x.x', so that rounding leaves up to 1e-8 of a distance that is zero
 NEAREST_EXPANDED = 1e-7
+#: below this part of |x|^2 + |x'|^2 it is computed from the subtracted u after all
+CANCELLED = 1e-6
 
 
 def radial(square: Tensor, nearest: float = NEAREST) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -193,13 +195,13 @@ class Expansion:
 
     Attributes:
         x: ``(K, D)``, scaled. energies: e, ``(K,)`` or None. first: A, ``(K, D)``.
-        second: nodes z, ``(L, D)``, with a and b, ``(L, D)`` each; None without Hessian-vector products.
+        second: terms of Hessian-vector products, or None.
     """
 
     x: Tensor
     first: Tensor
     energies: Tensor | None = None
-    second: tuple[Tensor, Tensor, Tensor] | None = None
+    second: SecondOrder | None = None
 
     def value(self, x: Tensor) -> Tensor:
         """f, ``(n, D)`` -> ``(n,)``."""
@@ -207,11 +209,7 @@ class Expansion:
         total = -(h1 * u.dot(self.first)).sum(1)
         if self.energies is not None:
             total = total + h0 @ self.energies
-        if self.second is not None:
-            z, a, b = self.second
-            u, (_, h1, h2, _, _) = _between(x, z)
-            total = total + (h1 * (a * b).sum(1) + h2 * u.dot(a) * u.dot(b)).sum(1)
-        return total
+        return total if self.second is None else total + self.second.value(x)
 
     def gradient(self, x: Tensor) -> Tensor:
         """grad f, ``(n, D)``."""
@@ -220,12 +218,7 @@ class Expansion:
         if self.energies is not None:
             along = along + h1 * self.energies
         result = u.times(along) - h1 @ self.first
-        if self.second is not None:
-            z, a, b = self.second
-            u, (_, _, h2, h3, _) = _between(x, z)
-            ua, ub = u.dot(a), u.dot(b)
-            result = result + u.times(h2 * (a * b).sum(1) + h3 * ua * ub) + (h2 * ub) @ a + (h2 * ua) @ b
-        return result
+        return result if self.second is None else result + self.second.gradient(x)
 
     def hessian_times(self, x: Tensor, w: Tensor) -> Tensor:
         """grad^2 f . w, one direction per point: ``(n, D)``, ``(n, D)`` -> ``(n, D)``."""
@@ -236,12 +229,35 @@ class Expansion:
         if self.energies is not None:
             along, own = along + h2 * uw * self.energies, own + h1 * self.energies
         result = u.times(along) - (h2 * uw) @ self.first + own.sum(1, keepdim=True) * w
-        if self.second is None:
-            return result
-        z, a, b = self.second
-        u, (_, _, h2, h3, h4) = _between(x, z)
+        return result if self.second is None else result + self.second.hessian_times(x, w)
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """sum_l (a_l.grad)(b_l.grad) kappa(x - z_l), the terms of Hessian-vector products; ``(L, D)`` each, scaled."""
+
+    z: Tensor
+    a: Tensor
+    b: Tensor
+
+    def value(self, x: Tensor) -> Tensor:
+        """``(n, D)`` -> ``(n,)``."""
+        u, (_, h1, h2, _, _) = _between(x, self.z)
+        return (h1 * (self.a * self.b).sum(1) + h2 * u.dot(self.a) * u.dot(self.b)).sum(1)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """``(n, D)``."""
+        u, (_, _, h2, h3, _) = _between(x, self.z)
+        ua, ub = u.dot(self.a), u.dot(self.b)
+        along = h2 * (self.a * self.b).sum(1) + h3 * ua * ub
+        return u.times(along) + (h2 * ub) @ self.a + (h2 * ua) @ self.b
+
+    def hessian_times(self, x: Tensor, w: Tensor) -> Tensor:
+        """Times one direction per point: ``(n, D)``, ``(n, D)`` -> ``(n, D)``."""
+        a, b = self.a, self.b
+        u, (_, _, h2, h3, h4) = _between(x, self.z)
         uw, ua, ub, wa, wb, ab = u.along(w), u.dot(a), u.dot(b), w @ a.T, w @ b.T, (a * b).sum(1)
-        result = result + (h2 * ab + h3 * ua * ub).sum(1, keepdim=True) * w
+        result = (h2 * ab + h3 * ua * ub).sum(1, keepdim=True) * w
         result = result + (h2 * wb + h3 * uw * ub) @ a + (h2 * wa + h3 * uw * ua) @ b
         return result + u.times(h3 * (ab * uw + wa * ub + ua * wb) + h4 * ua * ub * uw)
 
@@ -268,5 +284,9 @@ class _Differences:
 def _between(x: Tensor, z: Tensor) -> tuple[_Differences, tuple[Tensor, ...]]:
     centre = z.mean(0)
     x, z = x - centre, z - centre
-    square = (x * x).sum(1, keepdim=True) + (z * z).sum(1) - 2 * (x @ z.T)
+    lengths = (x * x).sum(1, keepdim=True) + (z * z).sum(1)
+    square = lengths - 2 * (x @ z.T)
+    # the cusp of h_2 makes second derivatives linear in d, so that a d of 1e-8 for equal points would cost eight digits
+    n, k = torch.nonzero(square < CANCELLED * lengths, as_tuple=True)
+    square[n, k] = (x[n] - z[k]).square().sum(1)
     return _Differences(x, z), radial(square, NEAREST_EXPANDED)
