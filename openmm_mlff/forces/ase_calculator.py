@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.vibrations import VibrationsData
 
-from openmm_mlff.data.structures import Structure, check_charge_and_multiplicity
+from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces.python_force import PRECISIONS, choose_device
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.potentials.potential import Potential
@@ -100,25 +100,19 @@ class MLFFCalculator(Calculator):
         if result.dipole is not None and structure.cell is None:
             self.results["dipole"] = _array(result.dipole[0])
 
-    def get_hessian(self, atoms: Atoms | None = None) -> np.ndarray:
+    def get_hessian(self, atoms: Atoms) -> np.ndarray:
         """Analytic second derivatives of the energy, ``(3 n_atoms, 3 n_atoms)`` eV/angstrom^2, x, y, z of atom 0 first.
 
         Charge and multiplicity hold as for energies. Constraints of `atoms` are not applied.
         """
-        atoms = self.atoms if atoms is None else atoms
-        if atoms is None:
-            raise ValueError("atoms: expected an Atoms object, got None")
         return self.potential.hessian(self._structure(atoms))
 
-    def get_vibrations(self, atoms: Atoms | None = None) -> VibrationsData:
+    def get_vibrations(self, atoms: Atoms) -> VibrationsData:
         """Normal modes and frequencies of `atoms`, which should be at a minimum, from the analytic Hessian.
 
         The masses are those of `atoms`; its frequencies (``get_frequencies()``, 1/cm) include the six of motions of the
         whole molecule, near zero.
         """
-        atoms = self.atoms if atoms is None else atoms
-        if atoms is None:
-            raise ValueError("atoms: expected an Atoms object, got None")
         free = atoms.copy()
         free.set_constraint()
         return VibrationsData.from_2d(free, self.get_hessian(atoms))
@@ -127,7 +121,7 @@ class MLFFCalculator(Calculator):
         if atoms.pbc.any() and not atoms.pbc.all():
             raise ValueError(f"pbc: expected periodic in all three directions or in none, got {atoms.pbc.tolist()}")
         charge, multiplicity = self.electrons(atoms)
-        check_charge_and_multiplicity(atoms.numbers, charge, multiplicity)
+        self.potential.check_electrons(atoms.numbers, charge, multiplicity)
         cell = atoms.cell.array if atoms.pbc.all() else None
         structure = Structure(atoms.numbers, atoms.positions, charge, multiplicity, cell)
         self.potential.check(structure)
