@@ -7,9 +7,12 @@ The factors follow from the SI constants that are exact by definition since 2019
 9th edition); only the bohr and the hartree are measured (CODATA 2018).
 """
 
+import math
+
 ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact
 AVOGADRO = 6.02214076e23  # 1/mol, exact
 BOLTZMANN = 1.380649e-23  # J/K, exact
+PLANCK = 6.62607015e-34  # J s, exact
 
 #: kJ/mol in one eV.
 KJ_PER_MOL_PER_EV = ELEMENTARY_CHARGE * AVOGADRO / 1000.0
@@ -23,6 +26,8 @@ KJ_PER_MOL_NM_PER_EV_ANGSTROM = KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM
 BOLTZMANN_EV = BOLTZMANN / ELEMENTARY_CHARGE
 #: Boltzmann constant times Avogadro constant in kJ/mol/K.
 BOLTZMANN_KJ_PER_MOL = BOLTZMANN * AVOGADRO / 1000.0
+#: reduced Planck constant times Avogadro constant in kJ/mol ps.
+HBAR_KJ_PER_MOL_PS = PLANCK / (2.0 * math.pi) * AVOGADRO / 1000.0 * 1e12
 #: eV in one kcal/mol (thermochemical calorie).
 EV_PER_KCAL_PER_MOL = 4.184 / KJ_PER_MOL_PER_EV
 
