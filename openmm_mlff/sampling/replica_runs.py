@@ -37,7 +37,7 @@ from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.sampling import checkpoints, guards, replica_files
 from openmm_mlff.sampling.bookkeeping import MinimizationProgress, programs
 from openmm_mlff.sampling.checkpoints import Checkpoint, seed_for
-from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
+from openmm_mlff.sampling.platforms import PlatformChoice
 from openmm_mlff.sampling.replica_settings import ReplicaSettings
 from openmm_mlff.sampling.replicas import ReplicaFrame, Replicas
 from openmm_mlff.sampling.reporters import ProgressBar, TrajectoryWriter
@@ -410,7 +410,7 @@ class ReplicaRun:
 
 def _facts(replicas: Replicas, settings: ReplicaSettings, functions: list[str]) -> dict[str, Any]:
     """What is decided when a run is set up, as plain data."""
-    choice = choose_platform(replicas.system.getNumParticles(), settings.platform, settings.threads)
+    choice = replicas.platform(settings.platform, settings.threads)
     torsions = dict(settings.torsions) or backbone_torsions(replicas.topology)
     for name, atoms in (*settings.distances.items(), *torsions.items()):
         if max(atoms) >= replicas.size:
