@@ -9,7 +9,7 @@ at hand. Derivatives of the Matern kernel are those of `matern_jets`, which are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -17,63 +17,13 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vjp, vmap
 
+from openmm_gdml.descriptors import Descriptor
+from openmm_gdml.differentiation import batched, push
 from openmm_gdml.matern_jets import Expansion, Jets, PairProducts, SecondOrder
 from openmm_gdml.operators import TEMPORARY, as_permutations, as_tensor
 
-Function = Callable[[Tensor], Tensor]
-
-
-def push(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The value of a function and its derivative along a direction (`torch.func.jvp`)."""
-    result = torch.func.jvp(f, at, along)
-    return result[0], result[1]
-
-
-def batched(function: Function, example: Tensor) -> Function:
-    """A descriptor that takes any number of leading dimensions: itself if it does, else itself mapped over them.
-
-    Args:
-        function: positions ``(N, 3)`` or ``(..., N, 3)`` -> ``(D,)`` or ``(..., D)``.
-        example: a few different geometries, ``(n, N, 3)``, n >= 1.
-
-    Raises `ValueError` naming what the descriptor does instead.
-    """
-    if example.ndim != 3 or not len(example):
-        raise ValueError(f"example: expected shape (n, n_atoms, 3), got {tuple(example.shape)}")
-    pair = example[:1].repeat(2, 1, 1) if len(example) == 1 else example[:2]
-    try:
-        one = function(pair[0])
-    except Exception as error:
-        raise ValueError(f"descriptor: it failed for positions {tuple(pair[0].shape)}: {error}") from error
-    if not isinstance(one, Tensor) or one.ndim != 1 or one.dtype != torch.float64:
-        got = f"{one.dtype} {tuple(one.shape)}" if isinstance(one, Tensor) else type(one).__name__
-        raise ValueError(f"descriptor: expected one row of float64 numbers for positions (n_atoms, 3), got {got}")
-    if not bool(torch.isfinite(one).all()):
-        raise ValueError("descriptor: expected finite numbers, got NaN or infinity at the first geometry")
-    both = torch.stack([one, function(pair[1])])
-    for candidate in (function, mapped(function)):
-        try:
-            values = candidate(pair)
-        except Exception:
-            continue
-        if isinstance(values, Tensor) and values.shape == both.shape and torch.allclose(values, both):
-            return candidate
-    raise ValueError(
-        f"descriptor: expected shape (n, {len(one)}) for positions (n, n_atoms, 3); it neither takes leading "
-        "dimensions nor can torch.func.vmap map it over geometries"
-    )
-
-
-def mapped(function: Function) -> Function:
-    """A function of ``(N, 3)`` as one of ``(..., N, 3)``."""
-
-    def over_all(positions: Tensor) -> Tensor:
-        if positions.ndim == 2:
-            return function(positions)
-        rows = vmap(function)(positions.flatten(0, -3))
-        return rows.unflatten(0, positions.shape[:-2])
-
-    return over_all
+#: numbers in Jacobians that may be kept while the blocks of a matrix are made (512 MB)
+KEPT = 1 << 26
 
 
 class AlgorithmicOperator:
@@ -102,7 +52,7 @@ class AlgorithmicOperator:
         self,
         positions: Tensor | np.ndarray,
         sigma: float,
-        descriptor: Function,
+        descriptor: Descriptor,
         permutations: Tensor | np.ndarray | None = None,
         energies: bool = False,
         directions: Tensor | np.ndarray | None = None,
@@ -177,6 +127,17 @@ class AlgorithmicOperator:
         """Rows of forces and energies."""
         return self.n_forces + self.energies * self.n_points
 
+    @property
+    def working_memory(self) -> int:
+        """Bytes that the methods use besides what they return: derivatives of all descriptors, and temporary arrays."""
+        orders = self.positions.numel() + self.descriptors.numel()
+        return 8 * (6 * TEMPORARY + 12 * len(self.permutations) * orders + self._left_size())
+
+    def _left_size(self) -> int:
+        """Numbers in the jets of all geometries in their given order, if they are kept while blocks are made."""
+        size = (self.n_points + 2 * len(self.at)) * self.size * self.block
+        return size if size <= KEPT else 0
+
     def point(self, index: int) -> int:
         """Which geometry a row belongs to."""
         if index < self.n_forces:
@@ -220,10 +181,10 @@ class AlgorithmicOperator:
         first = first.index_add(0, self.at, self.second_derivative(self.directions, w))
         return first, energies, (x, a, b)
 
-    def _jets(self, chosen: slice | Tensor, first_order_only: bool = False) -> Jets:
+    def _jets(self, chosen: slice | Tensor, as_given: bool = False) -> Jets:
         """Scaled jets of some geometries in all orders of atoms."""
         r = self.positions[chosen]
-        keep = slice(0, 1) if first_order_only else slice(None)
+        keep = slice(0, 1) if as_given else slice(None)
         ordered = self.permutations[keep]
 
         def f(one: Tensor) -> Tensor:
@@ -232,10 +193,10 @@ class AlgorithmicOperator:
         flat = r.flatten(1)
         return Jets(vmap(f)(flat), vmap(jacfwd(f))(flat))
 
-    def _product_jets(self, chosen: slice | Tensor, first_order_only: bool = False) -> Jets:
+    def _product_jets(self, chosen: slice | Tensor, as_given: bool = False) -> Jets:
         """Scaled jets at the geometries of some directions, with a and dJ."""
         flat, v = self.positions[self.at[chosen]].flatten(1), self.directions[chosen].flatten(1)
-        ordered = self.permutations[slice(0, 1) if first_order_only else slice(None)]
+        ordered = self.permutations[slice(0, 1) if as_given else slice(None)]
 
         def f(one: Tensor) -> Tensor:
             return self.scale * self.descriptor(one.view(-1, 3)[ordered])
@@ -349,24 +310,41 @@ class AlgorithmicOperator:
         per_pair = len(self.permutations) * (self.size * (self.block + 2) + 4 * self.block) + 6 * self.block**2
         size = max(1, int(sqrt(TEMPORARY / per_pair)))
         n_force, n_first = len(points) * self.block, len(points) * (self.block + self.energies)
+        kept: dict[tuple[bool, int], Jets] = {}
         for j in range(0, len(points), size):
             group = points[j : j + size]
             right = self._jets(group)
             force = slice(j * self.block, (j + len(group)) * self.block)
             energy = slice(n_force + j, n_force + j + len(group)) if self.energies else None
-            self._fill_rows(out, right, force, energy, None, size)
+            self._fill_rows(out, right, force, energy, None, size, kept)
         for j in range(0, len(at), size):
             group = at[j : j + size]
             product = slice(n_first + j * self.block, n_first + (j + len(group)) * self.block)
-            self._fill_rows(out, self._product_jets(group), None, None, product, size)
+            self._fill_rows(out, self._product_jets(group), None, None, product, size, kept)
+
+    def _left(self, product: bool, rows: slice, kept: dict[tuple[bool, int], Jets]) -> Jets:
+        """Jets of a few rows, computed once if there is room for all."""
+        if (product, rows.start) in kept:
+            return kept[product, rows.start]
+        jets = (self._product_jets if product else self._jets)(rows, as_given=True)
+        if self._left_size():
+            kept[product, rows.start] = jets
+        return jets
 
     def _fill_rows(
-        self, out: Tensor, right: Jets, force: slice | None, energy: slice | None, product: slice | None, size: int
+        self,
+        out: Tensor,
+        right: Jets,
+        force: slice | None,
+        energy: slice | None,
+        product: slice | None,
+        size: int,
+        kept: dict[tuple[bool, int], Jets],
     ) -> None:
         """All rows of a few columns, which are of `right`."""
         for i in range(0, self.n_points, size):
             rows = slice(i, min(i + size, self.n_points))
-            left = self._jets(rows, first_order_only=True)
+            left = self._left(False, rows, kept)
             pairs = PairProducts(left, right)
             of_force = slice(rows.start * self.block, rows.stop * self.block)
             of_energy = slice(self.n_forces + rows.start, self.n_forces + rows.stop)
@@ -382,7 +360,7 @@ class AlgorithmicOperator:
                 out[of_energy, energy] = pairs.energy_energy()
                 out[of_force, energy] = -(pairs.h[1][..., None] * pairs.p).sum(2).transpose(1, 2).flatten(0, 1)
         for i in range(0, len(self.at), size):
-            left = self._product_jets(slice(i, min(i + size, len(self.at))), first_order_only=True)
+            left = self._left(True, slice(i, min(i + size, len(self.at))), kept)
             at = slice(self.n_first + i * self.block, self.n_first + (i + len(left)) * self.block)
             pairs = PairProducts(left, right)
             if product is not None:
@@ -396,13 +374,13 @@ class AlgorithmicOperator:
         """``(n,)`` float64."""
         out = self.positions.new_empty(self.n)
         for k in range(self.n_points):
-            pairs = PairProducts(self._jets(slice(k, k + 1), first_order_only=True), self._jets(slice(k, k + 1)))
+            pairs = PairProducts(self._jets(slice(k, k + 1), as_given=True), self._jets(slice(k, k + 1)))
             out[k * self.block : (k + 1) * self.block] = pairs.force_force()[0, 0].diagonal()
             if self.energies:
                 out[self.n_forces + k] = pairs.energy_energy()[0, 0]
         for k in range(len(self.at)):
             one = slice(k, k + 1)
-            pairs = PairProducts(self._product_jets(one, first_order_only=True), self._product_jets(one))
+            pairs = PairProducts(self._product_jets(one, as_given=True), self._product_jets(one))
             at = self.n_first + k * self.block
             out[at : at + self.block] = pairs.product_product()[0, 0].diagonal()
         return out

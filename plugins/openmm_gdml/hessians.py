@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from openmm_gdml import kernel
-from openmm_gdml.algorithmic import push
+from openmm_gdml.differentiation import push
 from openmm_gdml.matern_jets import Expansion, SecondOrder
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.hessian import checked_directions

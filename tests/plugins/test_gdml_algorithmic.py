@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from openmm_gdml.algorithmic import AlgorithmicOperator, batched
+from openmm_gdml.algorithmic import AlgorithmicOperator
 from openmm_gdml.descriptors import inverse_distances
+from openmm_gdml.differentiation import batched
 from openmm_gdml.operators import KernelOperator
 
 SIGMA = 1.3
