@@ -80,6 +80,16 @@ class CopiesEvaluator:
             energy[copies], forces[atoms] = result.energy, result.forces
         return Evaluation(energy, forces=forces)
 
+    def arrays(self, positions: np.ndarray, cell: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Energies of the copies ``(n,)`` eV and forces ``(n_atoms of all copies, 3)`` eV/angstrom, float64."""
+        if len(self._parts) == 1 and positions.shape == self._shape:
+            copies, _, evaluator = self._parts[0]
+            return evaluator.arrays(positions, _boxes(cell, copies))
+        result = self(positions, cell)
+        assert result.forces is not None
+        energies, forces = (x.detach().to("cpu", torch.float64).numpy() for x in (result.energy, result.forces))
+        return energies, forces
+
 
 class CopiesPairs:
     """The pair lists of all batches seen as one, as a checkpoint wants them."""

@@ -15,7 +15,7 @@ from openmm import unit
 from openmmml.mlpotential import MLPotentialImpl
 
 from openmm_mlff.data import model_file
-from openmm_mlff.data.structures import Structure, check_charge_and_multiplicity
+from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces.python_force import (
     DEFAULT_MAX_FORCE,
     PRECISIONS,
@@ -167,7 +167,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
             _warn_unknown({k: v for k, v in rest.items() if k not in EMBEDDING_OPTIONS})
         chosen = _atom_list(topology, atoms)
         numbers = _atomic_numbers(topology, chosen)
-        check_charge_and_multiplicity(numbers, charge, multiplicity)
+        model = load_model(self._sha256, self.family.name, self._path, device="cpu")
+        model.check_electrons(numbers, charge, multiplicity)
         # openmm-ml hands over an empty system when it interpolates, so the topology is asked first
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
         spec = ForceSpec(

@@ -213,15 +213,13 @@ class ForceComputation:
         self._cell = cell
         with _threads(self._n_threads()):
             try:
-                result = self._get_evaluator(positions, cell)(positions, cell)
+                energies, forces = self._get_evaluator(positions, cell).arrays(positions, cell)
             except ValueError as error:
                 same_place = self._coincident(positions, cell, _when(state))
                 if same_place is None:
                     raise
                 raise same_place from error
-        energies = result.energy.detach().to("cpu", torch.float64).numpy() * KJ_PER_MOL_PER_EV
-        assert result.forces is not None
-        forces = result.forces.detach().to("cpu", torch.float64).numpy() * KJ_PER_MOL_NM_PER_EV_ANGSTROM
+        energies, forces = energies * KJ_PER_MOL_PER_EV, forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         if forces.shape != positions.shape:
             raise ValueError(f"forces: the model returned shape {forces.shape}, expected {positions.shape}")
         limit = np.inf if self.spec.max_force is None else self.spec.max_force

@@ -84,6 +84,17 @@ class Evaluator:
             result.dipole = result.dipole + batch.charge[:, None] * self._centre.to(batch.charge.dtype)
         return result
 
+    def arrays(self, positions: np.ndarray, cell: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Energies ``(n_structures,)`` eV and forces ``(n_atoms, 3)`` eV/angstrom as float64 numpy arrays.
+
+        A family whose evaluation takes no longer than making tensors may write this without them.
+        """
+        result = self(positions, cell)
+        if result.forces is None:
+            raise ValueError("outputs: expected an evaluator with forces, got one without")
+        energies, forces = (x.detach().to("cpu", torch.float64).numpy() for x in (result.energy, result.forces))
+        return energies, forces
+
     def place(
         self, positions: Tensor | np.ndarray, cell: Tensor | np.ndarray | None, potential: Tensor | np.ndarray | None
     ) -> Batch:

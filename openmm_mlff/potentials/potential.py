@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_mlff.data.structures import SYMBOLS, Batch, Structure, collate
+from openmm_mlff.data.structures import SYMBOLS, Batch, Structure, check_charge_and_multiplicity, collate
 from openmm_mlff.potentials import neighbors
 
 if TYPE_CHECKING:
@@ -116,6 +116,13 @@ class Potential(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(t.device for t in [*self.parameters(), *self.buffers()])
+
+    def check_electrons(self, numbers: Sequence[int] | np.ndarray, charge: int, multiplicity: int) -> None:
+        """Refuse a charge and multiplicity that no number of electrons can have (`ValueError`).
+
+        A family that knows no electrons overrides this; `check` then says which charges its models were trained for.
+        """
+        check_charge_and_multiplicity(numbers, charge, multiplicity)
 
     def check(self, structure: Structure) -> None:
         """Refuse a structure that this model cannot describe (`ValueError` naming the argument)."""

@@ -7,6 +7,7 @@ Nat. Commun. 13, 3733 (2022). Units: angstrom, eV; descriptors in 1/angstrom; fl
 
 from __future__ import annotations
 
+from openmm_gdml import published
 from openmm_gdml.config import GDMLConfig
 from openmm_gdml.model import GDMLPotential
 from openmm_mlff.potentials.family import Family
@@ -16,6 +17,8 @@ family = Family(
     model=GDMLPotential,
     config=GDMLConfig,
     aliases=("sgdml",),
+    recognises=published.recognises,
+    read=published.read,
 )
 
 __all__ = ["GDMLConfig", "GDMLPotential", "family"]

@@ -19,17 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_gdml import descriptor_library as _library  # noqa: F401  (registers its descriptors)
+from openmm_gdml import hessians, kernel, lattices
 from openmm_gdml import images as _images  # noqa: F401  (registers its descriptor)
-from openmm_gdml import kernel, lattices
 from openmm_gdml.atom_order import wrong_atoms
 from openmm_gdml.config import GDMLConfig
 from openmm_gdml.descriptors import (
+    INVERSE_DISTANCES,
     descriptor,
     descriptor_size,
     gradients_of,
     pair_permutations,
+    takes,
     times_jacobian_transposed,
 )
+from openmm_gdml.differentiation import batched
+from openmm_gdml.evaluator import GDMLEvaluator
+from openmm_gdml.native import FusedKernel
 from openmm_mlff.data.structures import Batch, Structure, collate
 from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
 
@@ -54,6 +60,8 @@ class GDMLPotential(Potential):
     Attributes:
         descriptors: x_j, ``(M, D)``. coefficients: A_j, ``(M, D)``, eV times the unit of x.
         energy_coefficients: ``(M,)`` eV, only with energy constraints.
+        product_points, product_directions, product_coefficients: x_l, a_l, b_l of Hessian-vector products, ``(L, D)``
+            each (see `kernel.second_order_energy`), only with such training data.
         shift: constant of the energy, ``()`` eV.
         permutations: of equal atoms, ``(S, N)`` int64; p takes positions r to ``r[p]``.
         lattice: training lattice, rows, ``(3, 3)`` angstrom, only if periodic.
@@ -79,8 +87,16 @@ class GDMLPotential(Potential):
         size = descriptor_size(c.descriptor, n, c.descriptor_options)
         self._descriptor = descriptor(c.descriptor, c.descriptor_options)
         self._gradients = gradients_of(c.descriptor, c.descriptor_options)
+        if self._gradients is None:
+            somewhere = np.random.default_rng(0).normal(scale=2.0, size=(2, n, 3))
+            self._descriptor = batched(self._descriptor, torch.from_numpy(somewhere))
+        if c.periodic and not takes(descriptor(c.descriptor), "lattice"):
+            raise ValueError(
+                f"descriptor: expected one with an option `lattice` for a periodic model, got {c.descriptor}"
+            )
         shapes = {"descriptors": (m, size), "coefficients": (m, size), "shift": ()}
         shapes |= {"energy_coefficients": (m,)} if c.energy_constraints else {}
+        shapes |= {name: (c.n_products, size) for name in hessians.TERMS if c.n_products}
         shapes |= {"lattice": (3, 3)} if c.periodic else {}
         shapes |= {"alphas": (m, n, 3)} if c.keeps_alphas else {}
         for name, shape in shapes.items():
@@ -102,17 +118,20 @@ class GDMLPotential(Potential):
         energy_coefficients: Any = None,
         lattice: Any = None,
         alphas: Any = None,
+        products: Any = None,
         **options: Any,
     ) -> GDMLPotential:
         """A model of given training points and coefficients (arrays or tensors, shapes and units as the attributes).
 
         Args:
+            products: product_points, product_directions and product_coefficients, ``(L, D)`` each, or None.
             options: the other fields of `GDMLConfig` (lam, descriptor, descriptor_options, beads, charge, ...).
 
         Raises `ValueError` naming the argument whose shape or values are impossible.
         """
         n = len(numbers)
         optional = {"energy_coefficients": energy_coefficients, "lattice": lattice, "alphas": alphas}
+        optional |= dict(zip(hessians.TERMS, products or (None, None, None), strict=True))
         given = {"descriptors": descriptors, "coefficients": coefficients, "shift": shift}
         given |= {name: value for name, value in optional.items() if value is not None}
         tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in given.items()}
@@ -129,6 +148,7 @@ class GDMLPotential(Potential):
             periodic=lattice is not None,
             energy_constraints=energy_coefficients is not None,
             keeps_alphas=alphas is not None,
+            n_products=0 if products is None else len(tensors[hessians.TERMS[0]]),
             **options,
         )
         model = cls(config)
@@ -178,6 +198,12 @@ class GDMLPotential(Potential):
 
     # -- structures ----------------------------------------------------------------------------------------------
 
+    def check_electrons(self, numbers: Sequence[int] | np.ndarray, charge: int, multiplicity: int) -> None:
+        """Accept any whole numbers: electrons do not enter, and published models do not say how many there were."""
+        for name, value, lowest in (("charge", charge, None), ("multiplicity", multiplicity, 1)):
+            if int(value) != value or (lowest is not None and value < lowest):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+
     def check(self, structure: Structure) -> None:
         """Refuse a structure with other atoms, another order of atoms or another lattice (`ValueError`)."""
         super().check(structure)
@@ -225,7 +251,7 @@ class GDMLPotential(Potential):
         A symmetric lattice can be laid onto its box in several ways, between which only the atoms decide: the one whose
         descriptors are nearest to a training point is taken, and the training data's own orientation if it is as good.
         """
-        found = self.wrappings(np.asarray(torch.as_tensor(cell).detach().cpu(), dtype=np.float64))
+        found = self.wrappings(cell if isinstance(cell, np.ndarray) else cell.detach().cpu().double().numpy())
         if len(found) == 1:
             return found[0]
         r = torch.as_tensor(positions, dtype=torch.float64).detach().cpu()
@@ -286,26 +312,30 @@ class GDMLPotential(Potential):
         Args:
             lattice: the wrapping lattice, ``(3, 3)`` or one for each, ``(B, 3, 3)``.
         """
-        q, v = self._products(self._permuted(positions, lattice))
+        x = self._permuted(positions, lattice)
+        q, v = self._products(x)
         terms = kernel.energy(q, v, self.config.sigma, self._energy_coefficients)  # (B, S)
+        if self.config.n_products:
+            terms = terms + hessians.product_energies(self, x)
         return terms.sum(-1) + self.shift
 
     @property
     def _energy_coefficients(self) -> Tensor | None:
         return self.get_buffer("energy_coefficients") if self.config.energy_constraints else None
 
-    def _describe(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
+    def describe(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
+        """Descriptors ``(..., D)`` of positions ``(..., N, 3)`` in their own order of atoms."""
         return self._descriptor(positions) if lattice is None else self._descriptor(positions, lattice=lattice)
 
     def _permuted(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
         """Descriptors of all permuted queries, centred, ``(B, S, D)``."""
         p = self.prepared
         if self.closed_form:
-            return self._describe(positions, lattice)[..., p.pair_permutations] - p.centre
+            return self.describe(positions, lattice)[..., p.pair_permutations] - p.centre
         queries = positions[..., self.permutations, :]  # (B, S, N, 3)
         if lattice is not None and lattice.dim() == 3:
             lattice = lattice[:, None]
-        return self._describe(queries, lattice) - p.centre
+        return self.describe(queries, lattice) - p.centre
 
     def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """|u|^2 and u.A of queries ``x (B, S, D)`` with all training points, ``(B, S, M)`` each, by two products."""
@@ -322,6 +352,45 @@ class GDMLPotential(Potential):
         positions, lattice = self._geometry(batch)
         energy, force = self.energies_and_forces(positions.detach(), lattice)
         return Evaluation(energy, forces=force.reshape(-1, 3))
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the fused kernel of `native` knows all that this model consists of."""
+        return self.config.descriptor == INVERSE_DISTANCES and not self.config.n_products
+
+    def fused_kernel(self, lattice: np.ndarray | None) -> FusedKernel:
+        """The fused kernel of this model on the CPU, for one wrapping lattice ``(3, 3)`` angstrom or none.
+
+        Raises `RuntimeError` if it cannot be compiled.
+        """
+        pairs = pair_permutations(self.permutations.cpu()).numpy()
+        state = {name: tensor.cpu().numpy() for name, tensor in self.state_dict().items()}
+        return FusedKernel(
+            len(self.config.numbers),
+            self.config.sigma,
+            float(state["shift"]),
+            state["descriptors"],
+            state["coefficients"],
+            pairs,
+            state.get("energy_coefficients"),
+            lattice,
+        )
+
+    def evaluator(
+        self,
+        batch: Batch | Structure | Sequence[Structure],
+        outputs: Sequence[str] = ("energy", "forces"),
+        compile: bool | str = "auto",
+    ) -> GDMLEvaluator:
+        """The function that MD calls, for one structure or for copies in one call.
+
+        Args:
+            compile: True and 'auto' run the fused kernel on the CPU (compiled within seconds, once per machine); False
+                the torch form.
+        """
+        if not isinstance(batch, Batch):
+            batch = self.batch(batch)
+        return GDMLEvaluator(self, batch, tuple(outputs), compile)
 
     def energies_and_forces(self, positions: Tensor, lattice: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Energies ``(B,)`` eV and forces ``(B, N, 3)`` eV/angstrom of positions ``(B, N, 3)`` angstrom, no graph.
@@ -356,11 +425,17 @@ class GDMLPotential(Potential):
             (force,) = torch.autograd.grad(x, r, f)
         return energy, force
 
+    def hessian_products(self, structure: Structure, directions: np.ndarray) -> np.ndarray:
+        return hessians.hessian_products(self, structure, directions)
+
     def _descriptor_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energies ``(B,)`` and -dE/dx ``(B, S, D)`` of centred queries ``x (B, S, D)``."""
         q, v = self._products(x)
         terms, w1, w2 = kernel.energy_and_weights(q, v, self.config.sigma, self._energy_coefficients)
         f = w1.sum(-1, keepdim=True) * x - w1 @ self.prepared.points - w2 @ self.coefficients
+        if self.config.n_products:
+            more, more_f = hessians.product_forces(self, x)
+            terms, f = terms + more, f + more_f
         return terms.sum(-1) + self.shift, f
 
 
