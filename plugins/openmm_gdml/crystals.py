@@ -19,6 +19,7 @@ The permutation q belongs to ``positions[q]``; a group holds its inverses, so ei
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -254,8 +255,11 @@ def _operations(reference: Structure, tolerance: float) -> tuple[list[tuple[np.n
     fractions = reference.positions @ np.linalg.inv(reference.cell)
     cell = (reference.cell.tolist(), fractions.tolist(), reference.numbers.tolist())
     try:
-        found = spglib.get_symmetry(cell, symprec=tolerance)
-        name = spglib.get_spacegroup(cell, symprec=tolerance)
+        with warnings.catch_warnings():
+            # about how spglib itself reports errors, which are handled here
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found = spglib.get_symmetry(cell, symprec=tolerance)
+            name = spglib.get_spacegroup(cell, symprec=tolerance)
     except Exception as error:
         raise ValueError(
             f"reference: spglib finds no symmetry at a tolerance of {tolerance} angstrom ({error})"

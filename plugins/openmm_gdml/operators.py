@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_gdml import native_blocks
 from openmm_gdml.descriptors import Gradients, pair_gradients, pair_indices, pair_permutations
 
 #: numbers that one temporary array of a blocked loop may hold (16 MB in float64).
@@ -147,6 +148,9 @@ def force_blocks(
 
 def fill_force_blocks(a: PairTables, b: PairTables, sigma: float, permutations: Tensor, out: Tensor) -> None:
     """`force_blocks` of two sets of tables into ``out (a, 3N, b, 3N)``, which may be a view with strides."""
+    if native_blocks.available(out):
+        native_blocks.fill(a, b, sigma, permutations, out)
+        return
     n = a.x.shape[1]
     per_pair = max(9 * n * n, 8 * n * n + 6 * n * len(permutations))
     size = max(1, int(sqrt(TEMPORARY / per_pair)))
@@ -253,6 +257,16 @@ class KernelOperator:
         """J v: ``(M, N, 3)`` -> ``(M, n_pairs)``, pairs in the order of ``tril_indices(N, -1)``."""
         i, j = self._pairs
         return (self.tables.h[:, i, j] * (v[:, i] - v[:, j])).sum(-1)
+
+    def model_terms(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """What the model holds for coefficients ``(n,)`` of the rows: A ``(M, n_pairs)`` and energies' ``(M,)``."""
+        forces = coefficients[: self.n_forces].view(self.n_points, -1, 3)
+        return -self.jacobian_times(forces), coefficients[self.n_forces :] if self.energies else None, None
+
+    @property
+    def descriptors(self) -> Tensor:
+        """x of the geometries, ``(M, n_pairs)``."""
+        return self._centred + self._centre
 
     def _transpose_times(self, w: Tensor, chosen: slice) -> Tensor:
         """J^T w of some geometries: ``(m, n_pairs)`` -> ``(m, 3N)``."""
