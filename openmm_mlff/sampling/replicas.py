@@ -62,6 +62,7 @@ class Replicas:
 
     Attributes:
         system: the System of all copies (`replicate`). size: particles per copy. masses: of a copy, ``(size,)`` amu.
+        degrees_of_freedom: of one copy, 3 per massive particle less constraints; its centre of mass moves.
         notes: what is different from a run of a single copy, in words.
 
     Raises `ValueError` naming the argument for what cannot be copied, or a topology of another size.
@@ -84,6 +85,7 @@ class Replicas:
             )
         self.system, self._learned = replicate_with_computations(self.single, self.n, self.batch)
         self.masses = np.array([self.single.getParticleMass(i)._value for i in range(self.size)])
+        self.degrees_of_freedom = degrees_of_freedom(self.system) // self.n
         self.notes = []
         if any(isinstance(force, openmm.CMMotionRemover) for force in self.single.getForces()):
             self.notes.append("every copy keeps the motion of its centre of mass (no CMMotionRemover)")
@@ -93,11 +95,6 @@ class Replicas:
     def n_constraints(self) -> int:
         """Constraints per copy."""
         return self.single.getNumConstraints()
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """Of one copy: 3 per massive particle, less constraints; the centre of mass moves."""
-        return degrees_of_freedom(self.system) // self.n
 
     def all_topology(self) -> app.Topology:
         """The topology of all copies, one after the other."""

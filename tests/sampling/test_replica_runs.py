@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +118,22 @@ def test_resumed_runs_are_the_same_bit_for_bit(
     # the header of a DCD holds the time of day
     for name, header in (("observables.npy", 0), ("trajectory.dcd", 276), ("final_state.xml", 0)):
         assert (cut / name).read_bytes()[header:] == (whole / name).read_bytes()[header:], name
+
+
+def test_a_signal_leaves_a_checkpoint(system: openmm.System, molecule: Molecule, tmp_path: Path) -> None:
+    def stopping(frame: ReplicaFrame) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return frame.potential
+
+    settings = ReplicaSettings(n=2, steps=5, timestep=0.01, report_interval=1, check_bonds=False, max_force=1e9)
+    arguments = (system, molecule.topology, molecule.positions, settings, tmp_path)
+    result = ReplicaRun.start(*arguments, {"e": stopping}, False, print).run()
+    assert (result.finished, result.signal, result.step) == (False, "SIGTERM", 0)
+    run = ReplicaRun.resume(tmp_path, observables={"e": lambda frame: frame.potential}, progress=False, say=print)
+    assert run.run().finished
+    table = read_observables(tmp_path)
+    np.testing.assert_array_equal(table["step"], np.arange(6))
+    np.testing.assert_array_equal(table["e"], table["potential_kJ_mol"])
 
 
 def test_longer(start: Callable[..., ReplicaRun], tmp_path: Path) -> None:
