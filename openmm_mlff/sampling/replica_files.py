@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openmm
 from numpy.lib import format as npy
-from openmm import app
+from openmm import app, unit
 
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.sampling.reporters import dcd_frames
+from openmm_mlff.sampling.settings import write_json
 from openmm_mlff.units import NM_PER_ANGSTROM
 
 OBSERVABLES = "observables.npy"
 TRAJECTORY = "trajectory.dcd"
-MOLECULE = "molecule.pdb"
+MOLECULE = "molecule.json"
 #: columns that every table begins with
 ENERGIES = ("potential_kJ_mol", "kinetic_kJ_mol", "temperature_K")
 
@@ -112,6 +114,48 @@ class GeometryTable:
         return np.concatenate(rows) if rows else np.empty((0, len(positions)))
 
 
+def write_molecule(folder: str | Path, topology: app.Topology, positions: np.ndarray) -> None:
+    """Write one copy as ``molecule.json`` and, to look at, ``molecule.pdb``; positions ``(n_atoms, 3)`` nm.
+
+    A PDB file alone would not do: coarse-grained beads may have no element, or one name for all.
+    """
+    folder = Path(folder)
+    box = topology.getPeriodicBoxVectors()
+    atoms = [
+        [a.name, a.element and a.element.symbol, a.residue.index, a.residue.name, a.residue.id, a.residue.chain.index]
+        for a in topology.atoms()
+    ]
+    molecule = {
+        "atoms": atoms,
+        "bonds": [[bond.atom1.index, bond.atom2.index] for bond in topology.bonds()],
+        "box_nm": None if box is None else [list(v) for v in box.value_in_unit(unit.nanometer)],
+        "positions_nm": positions.tolist(),
+    }
+    write_json(folder / MOLECULE, molecule)
+    with open(folder / "molecule.pdb", "w", encoding="utf-8") as file:
+        app.PDBFile.writeFile(topology, positions * unit.nanometer, file, keepIds=True)
+
+
+def read_molecule(folder: str | Path) -> tuple[app.Topology, np.ndarray]:
+    """Topology and positions ``(n_atoms, 3)`` nm that `write_molecule` wrote."""
+    stored = json.loads((Path(folder) / MOLECULE).read_text(encoding="utf-8"))
+    topology = app.Topology()
+    chains: dict[int, Any] = {}
+    residues: dict[int, Any] = {}
+    for name, symbol, residue, residue_name, residue_id, chain in stored["atoms"]:
+        if chain not in chains:
+            chains[chain] = topology.addChain()
+        if residue not in residues:
+            residues[residue] = topology.addResidue(residue_name, chains[chain], residue_id)
+        topology.addAtom(name, symbol and app.Element.getBySymbol(symbol), residues[residue])
+    atoms = list(topology.atoms())
+    for i, j in stored["bonds"]:
+        topology.addBond(atoms[i], atoms[j])
+    if stored["box_nm"] is not None:
+        topology.setPeriodicBoxVectors([openmm.Vec3(*v) for v in stored["box_nm"]] * unit.nanometer)
+    return topology, np.array(stored["positions_nm"])
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +203,7 @@ def split_trajectory(
         if not 0 <= k < n:
             raise ValueError(f"replicas: expected numbers from 0 to {n - 1}, got {k}")
     positions = read_positions(folder)
-    topology = mdtraj.Topology.from_openmm(app.PDBFile(str(folder / MOLECULE)).topology)
+    topology = mdtraj.Topology.from_openmm(read_molecule(folder)[0])
     time = np.arange(len(positions)) * about["settings"]["frame_interval"] * about["settings"]["timestep"] * 1e-3
     output.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -6,7 +6,7 @@
 
 The folder::
 
-    run.json         settings, versions, platform       system.xml, molecule.pdb   one copy
+    run.json         settings, versions, platform       system.xml, molecule.json, molecule.pdb   one copy
     checkpoint.zip   where the run is (see `checkpoints`)
     observables.npy  energies, temperature, distances and torsions of every replica (see `replica_files`)
     trajectory.dcd   frames of all replicas              final_state.xml            at the end
@@ -97,13 +97,12 @@ class ReplicaRun:
         names = [*replica_files.ENERGIES, *self._table.names, *self._observables]
         if facts["observables"] != names:
             raise ValueError(f"observables: expected those of the run ({', '.join(facts['observables'])}), got {names}")
-        molecule = app.PDBFile(str(output / replica_files.MOLECULE))
+        topology, start = replica_files.read_molecule(output)
         bonds = facts["bonds"] if settings.check_bonds else []
-        start = np.array(molecule.getPositions(asNumpy=True)._value)
         self._periodic = replicas.single.usesPeriodicBoundaryConditions()
         box = replicas.single.getDefaultPeriodicBoxVectors()
         vectors = np.array([list(v._value) for v in box]) if self._periodic else None
-        self._guard = guards.Guard(molecule.topology, bonds, start, vectors, settings.max_force)
+        self._guard = guards.Guard(topology, bonds, start, vectors, settings.max_force)
         self._context: openmm.Context | None = None
         self._stop = guards.StopRequest()
         self._chunk = 1
@@ -144,8 +143,7 @@ class ReplicaRun:
         observables = observables or {}
         output.mkdir(parents=True, exist_ok=True)
         write_bytes(output / "system.xml", openmm.XmlSerializer.serialize(system).encode())
-        with open(output / replica_files.MOLECULE, "w", encoding="utf-8") as file:
-            app.PDBFile.writeFile(topology, start[0] * unit.nanometer, file, keepIds=True)
+        replica_files.write_molecule(output, topology, start[0])
         facts = _facts(replicas, settings, list(observables))
         for note in replicas.notes:
             say(f"replicas: {note}")
@@ -184,7 +182,7 @@ class ReplicaRun:
             raise ValueError(f"resume: {output} has format {about['format']}, this version reads up to {FORMAT}")
         settings = ReplicaSettings(**about["settings"])
         checkpoint = Checkpoint.load(output / checkpoints.NAME)
-        topology = app.PDBFile(str(output / replica_files.MOLECULE)).topology
+        topology, _ = replica_files.read_molecule(output)
         replicas = Replicas(load_system(output / "system.xml"), topology, settings.n, settings.batch)
         run = cls(replicas, settings, output, about["resolved"], checkpoint, observables or {}, progress, say)
         if steps is not None:

@@ -11,15 +11,17 @@ import mdtraj
 import numpy as np
 import openmm
 import pytest
-from openmm import app
+from openmm import app, unit
 
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.replica_files import (
     ObservableWriter,
+    read_molecule,
     read_observables,
     read_positions,
     split_trajectory,
+    write_molecule,
 )
 from openmm_mlff.sampling.replica_runs import ReplicaRun
 from openmm_mlff.sampling.replica_settings import ReplicaSettings
@@ -170,6 +172,30 @@ def test_a_failing_force_names_its_replica(system: openmm.System, molecule: Mole
     with pytest.raises(RunFailed, match="of replica 1 are at the same place") as failed:
         run.run()
     assert failed.value.replicas == (1,)
+
+
+def test_molecules_of_any_naming(molecule: Molecule, tmp_path: Path) -> None:
+    """Beads without elements and with one name, which a PDB file cannot tell apart."""
+    beads = app.Topology()
+    chain = beads.addChain()
+    for residue_id in ("7", "8"):
+        residue = beads.addResidue("CG", chain, residue_id)
+        for _ in range(3):
+            beads.addAtom("B", None, residue)
+    atoms = list(beads.atoms())
+    beads.addBond(atoms[0], atoms[4])
+    beads.setUnitCellDimensions(openmm.Vec3(2, 3, 4) * unit.nanometer)
+    for topology in (beads, molecule.topology):
+        positions = np.random.default_rng(0).normal(size=(topology.getNumAtoms(), 3))
+        write_molecule(tmp_path, topology, positions)
+        again, same = read_molecule(tmp_path)
+        np.testing.assert_array_equal(same, positions)
+        assert again.getPeriodicBoxVectors() == topology.getPeriodicBoxVectors()
+        pairs = zip(again.atoms(), topology.atoms(), strict=True)
+        for a, b in pairs:
+            assert (a.name, a.element, a.index) == (b.name, b.element, b.index)
+            assert (a.residue.name, a.residue.id, a.residue.index) == (b.residue.name, b.residue.id, b.residue.index)
+        assert [(x.index, y.index) for x, y in again.bonds()] == [(x.index, y.index) for x, y in topology.bonds()]
 
 
 @pytest.mark.parametrize(
