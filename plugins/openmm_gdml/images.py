@@ -110,6 +110,16 @@ def image_vectors(lattice: np.ndarray, cutoff: float) -> np.ndarray:
     return offsets[distance < cutoff * (1 + 1e-3)]
 
 
+def fused_terms(
+    lattice: np.ndarray | None, power: float = DEFAULT_POWER, cutoff: float | None = None
+) -> tuple[np.ndarray | None, float, float]:
+    """What the fused kernel needs: lattice vectors ``(n, 3)`` of all images, n and R; None and R = 0 if open."""
+    if lattice is None:
+        return None, float(power), 0.0
+    offsets, radius = _offsets(torch.from_numpy(np.ascontiguousarray(lattice)), cutoff)
+    return offsets.numpy() @ lattice, float(power), radius
+
+
 # -- details -----------------------------------------------------------------------------------------------------
 
 

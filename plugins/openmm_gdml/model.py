@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from openmm_gdml import descriptor_library as _library  # noqa: F401  (registers its descriptors)
-from openmm_gdml import hessians, kernel, lattices
-from openmm_gdml import images as _images  # noqa: F401  (registers its descriptor)
+from openmm_gdml import hessians, images, kernel, lattices
 from openmm_gdml.atom_order import wrong_atoms
 from openmm_gdml.config import GDMLConfig
 from openmm_gdml.descriptors import (
@@ -356,7 +355,7 @@ class GDMLPotential(Potential):
     @property
     def fusible(self) -> bool:
         """Whether the fused kernel of `native` knows all that this model consists of."""
-        return self.config.descriptor == INVERSE_DISTANCES and not self.config.n_products
+        return self.config.descriptor in (INVERSE_DISTANCES, images.IMAGE_SUMS) and not self.config.n_products
 
     def fused_kernel(self, lattice: np.ndarray | None) -> FusedKernel:
         """The fused kernel of this model on the CPU, for one wrapping lattice ``(3, 3)`` angstrom or none.
@@ -374,6 +373,9 @@ class GDMLPotential(Potential):
             pairs,
             state.get("energy_coefficients"),
             lattice,
+            images.fused_terms(lattice, **self.config.descriptor_options)
+            if self.config.descriptor == images.IMAGE_SUMS
+            else None,
         )
 
     def evaluator(

@@ -115,27 +115,34 @@ def classes_of(pair_permutations: np.ndarray) -> Classes:
         labels.setdefault(label.tobytes(), label)
         members.setdefault(label.tobytes(), []).append(k)
     groups = [(np.array(members[key]), labels[key]) for key in members]
-    while len(groups) > 1:
-        best = (0, 0, 0, groups[0][1])
-        for a in range(len(groups)):
-            for b in range(a):
-                joint = _label(groups[a][1] * n_perms + groups[b][1])
-                parts = sum(len(groups[g][0]) * (groups[g][1].max() + 1) for g in (a, b))
-                saved = int(
-                    parts + COST_OF_ADDITION * n_perms - (len(groups[a][0]) + len(groups[b][0])) * (joint.max() + 1)
-                )
-                if saved > best[0]:
-                    best = (saved, a, b, joint)
-        if not best[0]:
-            break
-        _, a, b, joint = best
-        union = (np.sort(np.concatenate([groups[a][0], groups[b][0]])), joint)
-        groups = [g for i, g in enumerate(groups) if i not in (a, b)] + [union]
+    saved = np.full((len(groups), len(groups)), -1)
+    for k in range(1, len(groups)):
+        saved[k, :k] = _saved(groups[k], groups[:k])
+    while len(groups) > 1 and saved.max() > 0:
+        a, b = (int(i) for i in np.unravel_index(saved.argmax(), saved.shape))
+        joint = _label(groups[a][1] * n_perms + groups[b][1])
+        groups[b] = np.sort(np.concatenate([groups[a][0], groups[b][0]])), joint
+        del groups[a]
+        saved = np.delete(np.delete(saved, a, 0), a, 1)
+        saved[b, :b] = _saved(groups[b], groups[:b])
+        saved[b + 1 :, b] = _saved(groups[b], groups[b + 1 :])
     source = []
     for pairs, label in groups:
         first = np.array([int(np.flatnonzero(label == v)[0]) for v in range(label.max() + 1)])
         source.append(pair_permutations[np.ix_(first, pairs)].T)
     return Classes([g[0] for g in groups], np.stack([g[1] for g in groups], axis=1), source)
+
+
+def _saved(one: tuple[np.ndarray, np.ndarray], others: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Sums over training points that are saved if a class of pairs is joined to each of the others."""
+    pairs, label = one
+    if not others:
+        return np.zeros(0, dtype=np.int64)
+    codes = np.sort((label * len(label) + np.stack([other for _, other in others])).astype(np.int32), axis=1)
+    joint = 1 + np.count_nonzero(np.diff(codes, axis=1), axis=1)
+    sizes = np.array([len(other) for other, _ in others])
+    parts = len(pairs) * (label.max() + 1) + sizes * np.array([other.max() + 1 for _, other in others])
+    return parts + COST_OF_ADDITION * len(label) - (len(pairs) + sizes) * joint
 
 
 def _label(values: np.ndarray) -> np.ndarray:
@@ -158,7 +165,9 @@ class _Model(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("class_pairs", "class_variants", "variant", "members", "ends", "source", "centre")
         ),
-        *((name, ctypes.c_void_p) for name in ("lattice", "inverse")),
+        *((name, ctypes.c_void_p) for name in ("lattice", "inverse", "images")),
+        ("n_images", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("power", "square")),
     )
 
 
@@ -166,7 +175,8 @@ class FusedKernel:
     """``kernel(positions (B, N, 3)) -> energies (B,), forces (B, N, 3)`` in numpy, eV and angstrom.
 
     Args of the constructor: numpy arrays as the attributes of `GDMLPotential`, pair permutations ``(S, D)``, and the
-    lattice that wraps pair vectors, rows ``(3, 3)``, or None.
+    lattice that wraps pair vectors, rows ``(3, 3)``, or None. `image_sums` holds what `images.fused_terms` gives if the
+    descriptor is sums over images.
 
     Raises `RuntimeError` if the kernel cannot be compiled.
     """
@@ -181,6 +191,7 @@ class FusedKernel:
         pair_permutations: np.ndarray,
         energy_coefficients: np.ndarray | None = None,
         lattice: np.ndarray | None = None,
+        image_sums: tuple[np.ndarray | None, float, float] | None = None,
     ) -> None:
         self._library = library()
         self._lanes = int(self._library.gdml_lanes())
@@ -211,6 +222,9 @@ class FusedKernel:
         if lattice is not None:
             arrays["lattice"] = _aligned(np.array(lattice, dtype=np.float64))
             arrays["inverse"] = _aligned(np.linalg.inv(lattice))
+        shifts, power, cutoff = image_sums or (None, 0.0, 0.0)
+        if shifts is not None:
+            arrays["images"] = _aligned(shifts)
         self.n_atoms, self.n_pairs = n_atoms, len(order)
         self.n_units = len(arrays["source"])
         self._arrays = arrays  # kept alive: the C++ side holds their addresses
@@ -224,11 +238,17 @@ class FusedKernel:
             self.n_units,
             sigma,
             shift,
+            n_images=0 if shifts is None else len(shifts),
+            power=power,
+            square=cutoff**2,
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
         self._address = ctypes.addressof(self._model)
         self._cost = self.n_units * len(descriptors)
         self._work = [self._workspace()]
+        self._energies, self._inputs, self._forces = np.zeros(1), np.zeros((1, n_atoms, 3)), np.zeros((1, n_atoms, 3))
+        arrays_of_one = (self._inputs, self._energies, self._forces, self._work[0])
+        self._addresses = (self._address, 1, *(array.ctypes.data for array in arrays_of_one))
 
     def _blocks(self, rows: np.ndarray, n_blocks: int) -> np.ndarray:
         """``(M, D)`` -> ``(blocks, D, lanes)``, padded with zeros."""
@@ -240,11 +260,20 @@ class FusedKernel:
         return _aligned(np.zeros(int(self._library.gdml_work(self._address))))
 
     def __call__(self, positions: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Energies and forces; `positions` float64, C-contiguous."""
+        """Energies and forces; `positions` ``(B, N, 3)`` float64, C-contiguous."""
         n = len(positions)
+        if n == 1:
+            return self.one(positions)
         energies, forces = np.empty(n), np.empty(positions.shape)
         self._run(self._library.gdml_evaluate, positions, energies, forces, threads)
         return energies, forces
+
+    def one(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Energy ``(1,)`` and forces ``(1, N, 3)`` of one geometry ``(N, 3)``, at the least cost; not thread-safe."""
+        # asking an array for its address takes as long as the kernel needs for a small molecule: these stay in place
+        self._inputs[...] = positions
+        self._library.gdml_evaluate(*self._addresses)
+        return self._energies.copy(), self._forces.copy()
 
     def descriptor_forces(self, x: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Energies ``(B,)`` and -dE/dx ``(B, D)`` of descriptors ``(B, D)`` that were computed elsewhere."""

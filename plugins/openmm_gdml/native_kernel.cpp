@@ -46,6 +46,9 @@ struct Model {
     const double *centre;     // [unit] mean of the training points
     const double *lattice;    // [9] rows, or null
     const double *inverse;    // [9]
+    const double *images;     // [n_images][3] lattice vectors whose images a sum may need, or null
+    int64_t n_images;
+    double power, square;     // sums over images: exponent, and squared cutoff (0: none); power 0 is inverse distances
 };
 
 static inline Vec all(double x) {
@@ -164,6 +167,28 @@ static const ClassWeights class_weights_of[9] = {
     class_weights<5>, class_weights<6>, class_weights<7>, class_weights<8>};
 
 // Inverse distances x and their gradients g (three arrays) of all pairs of one geometry.
+// sums over images of f = r^-n (1 - r^2/R^2)^3 for pair vectors g, which become -df/dr of their first atoms
+static void sum_images(const Model &m, double *x, double *gx, double *gy, double *gz) {
+    static const double origin[3] = {};
+    const double *images = m.images ? m.images : origin;
+    const int64_t n = m.images ? m.n_images : 1;
+    const double curvature = m.square ? 1.0 / m.square : 0.0;
+    for (int64_t k = 0; k < m.n_pairs; k++) {
+        double total = 0, sx = 0, sy = 0, sz = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const double vx = gx[k] + images[3 * i], vy = gy[k] + images[3 * i + 1], vz = gz[k] + images[3 * i + 2];
+            const double s = vx * vx + vy * vy + vz * vz, inside = 1.0 - s * curvature;
+            if (inside <= 0) continue;
+            const double value = m.power == 3.0 ? 1.0 / (s * std::sqrt(s)) : std::pow(s, -0.5 * m.power);
+            const double two = inside * inside, switched = value * two * inside;
+            const double slope = m.power * switched / s + 6.0 * curvature * value * two;
+            total += switched;
+            sx += slope * vx, sy += slope * vy, sz += slope * vz;
+        }
+        x[k] = total, gx[k] = sx, gy[k] = sy, gz[k] = sz;
+    }
+}
+
 static void describe(const Model &m, const double *__restrict r, double *__restrict x, double *__restrict gx,
                      double *__restrict gy, double *__restrict gz) {
     int64_t k = 0;
@@ -183,6 +208,10 @@ static void describe(const Model &m, const double *__restrict r, double *__restr
             gy[k] -= a * l[1] + b * l[4] + c * l[7];
             gz[k] -= a * l[2] + b * l[5] + c * l[8];
         }
+    }
+    if (m.power) {
+        sum_images(m, x, gx, gy, gz);
+        return;
     }
     for (k = 0; k < m.n_pairs; k++) {
         const double s = gx[k] * gx[k] + gy[k] * gy[k] + gz[k] * gz[k];

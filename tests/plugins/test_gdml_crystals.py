@@ -12,7 +12,14 @@ from ase import Atoms
 from ase.build import bulk, fcc111, graphene
 
 from openmm_gdml import crystals, images, native_blocks, operators
-from openmm_gdml.descriptors import gradients_of, inverse_distances, pair_permutations, times_jacobian_transposed
+from openmm_gdml.descriptors import (
+    gradients_of,
+    inverse_distances,
+    pair_permutations,
+    times_jacobian,
+    times_jacobian_transposed,
+)
+from openmm_gdml.model import GDMLPotential
 from openmm_mlff.data.structures import Structure
 
 
@@ -227,6 +234,41 @@ def test_bad_cutoffs_are_refused(copper: Atoms) -> None:
     r, cell = torch.from_numpy(copper.positions), torch.from_numpy(copper.cell.array)
     with pytest.raises(ValueError, match="cutoff: expected a positive length"):
         images.image_sums(r, cell, cutoff=-1.0)
+
+
+@pytest.mark.parametrize("lattice", ["periodic", "open"])
+def test_fused_kernel_knows_image_sums(lattice: str, copper: Atoms, full: crystals.CrystalSymmetry) -> None:
+    random = np.random.default_rng(4)
+    cell = copper.cell.array if lattice == "periodic" else None
+    r = copper.positions + random.normal(scale=0.1, size=(6, 27, 3))
+    for options in ({}, {"power": 2.5, "cutoff": 7.0} if cell is not None else {"power": 2.5}):
+        box = None if cell is None else torch.from_numpy(cell)
+        x, g = images.image_sum_gradients(torch.from_numpy(r), box, **options)  # type: ignore[arg-type]
+        a = times_jacobian(g, torch.from_numpy(random.normal(size=(6, 27, 3))))
+        model = GDMLPotential.from_coefficients(
+            copper.numbers,
+            0.5,
+            x,
+            a,
+            1.0,
+            full.permutations[::40],
+            lattice=cell,
+            descriptor="image_sums",
+            descriptor_options=options,
+        )
+        structure = Structure(copper.numbers, r[0] + 0.02 * random.normal(size=(27, 3)), cell=cell)
+        fused, plain = (model.evaluator(structure, compile=c) for c in (True, False))
+        one, other = (f(structure.positions, cell) for f in (fused, plain))
+        assert fused.compiled or library_missing()
+        assert float((one.energy - other.energy).abs()) < 1e-11
+        assert one.forces is not None and other.forces is not None
+        assert float((one.forces - other.forces).abs().max()) < 1e-11 * float(other.forces.abs().max())
+        exact = model.evaluate(model.batch(structure), create_graph=True).forces
+        assert exact is not None and float((one.forces - exact.detach()).abs().max()) < 1e-9
+
+
+def library_missing() -> bool:
+    return native_blocks.library() is None
 
 
 # -- kernel matrices -----------------------------------------------------------------------------------------------
