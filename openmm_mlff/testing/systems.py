@@ -190,6 +190,39 @@ print("RESULT" + json.dumps(found))
 """
 
 
+def topology_of(structure: Structure) -> Any:
+    """One residue with the structure's atoms and no bonds, as an `openmm.app.Topology`."""
+    from openmm.app import Element, Topology
+
+    topology = Topology()
+    residue = topology.addResidue("MOL", topology.addChain())
+    for k, z in enumerate(structure.numbers.tolist()):
+        topology.addAtom(f"A{k}", Element.getByAtomicNumber(z), residue)
+    return topology
+
+
+def run_copies(model: Potential, structure: Structure, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Energies ``(n,)`` kJ/mol and forces ``(n, n_atoms, 3)`` kJ/mol/nm of `n` copies in one OpenMM System.
+
+    Args:
+        positions: of the copies, ``(n, n_atoms, 3)`` angstrom.
+    """
+    import openmm
+    from openmmml import MLPotential
+
+    from openmm_mlff.sampling.replicas import Replicas
+
+    topology = topology_of(structure)
+    single = MLPotential(model.family, model=model).createSystem(
+        topology, charge=structure.charge, multiplicity=structure.multiplicity, precision="double", maxForce=None
+    )
+    replicas = Replicas(single, topology, len(positions))
+    context = replicas.context(openmm.VerletIntegrator(0.001), "Reference")
+    replicas.set_positions(context, positions * NM_PER_ANGSTROM)
+    frame = replicas.frame(context)
+    return frame.potential, frame.forces
+
+
 def run_in_fresh_process(model: Potential, structure: Structure) -> dict[str, tuple[float, list[list[float]]]]:
     """Energy (kJ/mol) and forces (kJ/mol/nm) of a System XML and of a pickled force, both read by a new interpreter.
 
@@ -197,16 +230,12 @@ def run_in_fresh_process(model: Potential, structure: Structure) -> dict[str, tu
     Raises `AssertionError` with the other interpreter's output if that fails.
     """
     import openmm
-    from openmm.app import Element, Topology
     from openmmml import MLPotential
 
     from openmm_mlff.forces.python_force import ForceComputation
     from openmm_mlff.forces.serialization import stored_options
 
-    topology = Topology()
-    residue = topology.addResidue("MOL", topology.addChain())
-    for k, z in enumerate(structure.numbers.tolist()):
-        topology.addAtom(f"A{k}", Element.getByAtomicNumber(z), residue)
+    topology = topology_of(structure)
     with tempfile.TemporaryDirectory() as folder:
         path = save_potential(model, Path(folder) / "model.safetensors")
         system = MLPotential(model.family, modelPath=str(path)).createSystem(

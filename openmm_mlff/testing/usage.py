@@ -16,7 +16,7 @@ from openmm_mlff.potentials.family import load_potential, save_potential
 from openmm_mlff.potentials.neighbors import FIXED_PAIRS_MAX_ATOMS
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.testing.base import ContractBase, forces_of
-from openmm_mlff.testing.systems import close, cluster, raises, run_in_fresh_process
+from openmm_mlff.testing.systems import close, cluster, raises, run_copies, run_in_fresh_process
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 
@@ -102,6 +102,18 @@ class Usage(ContractBase):
         for name, (energy, found) in run_in_fresh_process(model, structure).items():
             close(f"{name}: energy (kJ/mol)", energy, float(expected.energy[0]) * KJ_PER_MOL_PER_EV, 1e-5)
             close(f"{name}: forces (kJ/mol/nm)", found, forces, 1e-4)
+
+    def test_many_copies_in_one_system(self) -> None:
+        """Copies in different geometries have the energies and forces of single molecules, copy by copy."""
+        model, rng = self.potential(), np.random.default_rng(14)
+        for structure in self.structures():
+            moved = structure.positions + rng.normal(scale=0.02, size=(5, *structure.positions.shape))
+            expected = self.run(model, *(structure.replace(positions=x) for x in moved))
+            energies, forces = run_copies(model, structure, moved)
+            atol = 1e-7 * len(structure)
+            close("copies: energies (kJ/mol)", energies, expected.energy.numpy() * KJ_PER_MOL_PER_EV, atol)
+            reference = forces_of(expected).numpy().reshape(moved.shape) * KJ_PER_MOL_NM_PER_EV_ANGSTROM
+            close("copies: forces (kJ/mol/nm)", forces, reference, 1e-5)
 
     def test_refuses_what_it_cannot_describe(self) -> None:
         model, structure = self.potential(), self.structures()[0]
