@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,8 +88,10 @@ class GDMLEvaluator(Evaluator):
             raise ValueError(f"batch: expected {self._copies[1]} atoms in each structure, got {batch.n_atoms} in all")
         self.pairs: Orientation = Orientation(self)
         self._batch = batch
+        self._on_gpu = model.device.type != "cpu"
         self._native: bool | None = None
         self._lattices: np.ndarray | None = None
+        self._single: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
         self._kernels: list[tuple[np.ndarray | slice, FusedKernel]] = []
 
     @property
@@ -111,7 +114,7 @@ class GDMLEvaluator(Evaluator):
             raise ValueError(
                 f"external_potential: {self.model.family} predicts no charges, so no potential can act on them"
             )
-        if self.model.device.type != "cpu":
+        if self._on_gpu:
             return self._on_device(positions, cell)
         energies, forces = self.arrays(np.asarray(positions, dtype=np.float64), cell)
         return Evaluation(torch.from_numpy(energies), forces=torch.from_numpy(forces))
@@ -122,16 +125,21 @@ class GDMLEvaluator(Evaluator):
             raise ValueError(f"positions: expected shape {self._shape}, got {positions.shape}")
         if self.periodic:
             self._check_box(positions, cell)
-        if self.model.device.type != "cpu":
+        if self._on_gpu:
             result = self._on_device(positions, cell)
             assert result.forces is not None
             return result.energy.cpu().numpy(), result.forces.cpu().numpy()
+        if self._single is not None:
+            energies, forces = self._single(positions)
+            return energies, forces[0]
         copies = np.ascontiguousarray(positions).reshape(self._copies)
         if self._native is None:
             self._native = self._decide(copies)
         if not self._native:
             return self._by_torch(copies)
         energies, forces = self._by_kernel(copies)
+        if len(copies) == 1:
+            self._single = self._kernels[0][1].one
         return energies, forces.reshape(self._shape)
 
     def place(
@@ -173,7 +181,7 @@ class GDMLEvaluator(Evaluator):
         copies = positions.reshape(self._copies)
         self._lattices = np.stack([self.gdml.lattice_for(r, b) for r, b in zip(copies, boxes, strict=True)])
         self._box = box
-        self._kernels = []
+        self._kernels, self._single = [], None
         self.pairs.reference = torch.from_numpy(positions.reshape(self._shape).copy())
         self.pairs.reference_cell = torch.from_numpy(box.copy())
 

@@ -7,10 +7,12 @@ loads, or gives another energy, is a defect of the package and not of the file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,10 @@ from openmm_mlff.potentials.family import find_family, save_potential
 from openmm_mlff.potentials.potential import Potential
 
 SEED = 20261121
-OPTIONS = {"spookynet": {"num_features": 8, "num_modules": 1, "elements": (1, 6, 7, 8)}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "spookynet": {"num_features": 8, "num_modules": 1, "elements": (1, 6, 7, 8)},
+    "gdml": {"numbers": (6, 8, 1, 1, 1, 1), "n_train": 5, "sigma": 3.0, "n_permutations": 6},
+}
 STRUCTURES = [
     Structure(
         np.array([6, 8, 1, 1, 1, 1]),
@@ -45,15 +50,45 @@ STRUCTURES = [
 
 
 def make(family: str) -> Potential:
-    """The family's smallest model with every parameter random."""
+    """A small model of the family with every parameter random."""
     torch.manual_seed(SEED)
     found = find_family(family)
     model = found.model(found.config(**OPTIONS[family])).double()
+    if family == "gdml":
+        return fill_gdml(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "raw" not in name:
                 parameter += 0.3 * torch.randn_like(parameter) / max(1.0, math.sqrt(parameter.shape[-1]))
     return model.eval()
+
+
+def fill_gdml(model: Potential) -> Potential:
+    """Random training points around the first structure, and all permutations of its methyl hydrogens."""
+    atoms = torch.from_numpy(STRUCTURES[0].positions)
+    points = atoms + 0.1 * torch.randn(model.config.n_train, *atoms.shape, dtype=torch.float64)
+    first, second = torch.tril_indices(len(atoms), len(atoms), -1)
+    x = 1.0 / (points[:, first] - points[:, second]).norm(dim=-1)
+    hydrogens = torch.tensor(list(itertools.permutations((2, 4, 5))))
+    permutations = torch.arange(len(atoms)).repeat(len(hydrogens), 1)
+    permutations[:, [2, 4, 5]] = hydrogens
+    model.load_state_dict(
+        {
+            "descriptors": x,
+            "coefficients": 3.0 * torch.randn(x.shape, dtype=torch.float64),
+            "shift": torch.tensor(-7.5, dtype=torch.float64),
+            "permutations": permutations,
+        }
+    )
+    return model.eval()
+
+
+def structures_of(family: str) -> list[Structure]:
+    """Two structures that the model can describe."""
+    if family != "gdml":
+        return STRUCTURES
+    moved = STRUCTURES[0].positions + np.random.default_rng(SEED).normal(scale=0.1, size=(6, 3))
+    return [STRUCTURES[0], STRUCTURES[0].replace(positions=moved)]
 
 
 def main(family: str) -> None:
@@ -63,7 +98,7 @@ def main(family: str) -> None:
     model = make(family)
     save_potential(model, path, name=f"continuity-{family}", description=f"random weights, seed {SEED}", licence="MIT")
     results = []
-    for s in STRUCTURES:
+    for s in structures_of(family):
         energy, forces = model.energy_and_forces(s)
         results.append(
             {
