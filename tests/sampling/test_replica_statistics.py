@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import openmm
 import pytest
@@ -12,8 +14,11 @@ from scipy import stats
 
 from openmm_gdml import GDMLPotential
 from openmm_gdml.descriptors import inverse_distances
+from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.replica_files import GeometryTable
 from openmm_mlff.sampling.replicas import Replicas
+from openmm_mlff.testing.systems import run_copies
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 from .copies import reference
@@ -86,6 +91,18 @@ def test_verlet_copies_of_a_kernel_model_are_single_runs(coarse: openmm.System, 
         np.testing.assert_allclose(end.positions[k], state.getPositions(asNumpy=True)._value, rtol=0, atol=1e-8)
         assert end.potential[k] == pytest.approx(state.getPotentialEnergy()._value, abs=1e-5)
         assert end.kinetic[k] == pytest.approx(state.getKineticEnergy()._value, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ethanol_M200_S12", "ala2_M180_S27"])
+def test_copies_of_a_published_model(shared: Path, name: str) -> None:
+    """As many copies as reference geometries, against what the published program predicts for each."""
+    model = load_potential(shared / "data" / "gdml" / f"{name}_model.npz", "gdml")
+    stored = np.load(shared / "data" / "gdml" / f"{name}_ref.npz", allow_pickle=False)
+    positions = stored["R"]
+    energies, forces = run_copies(model, Structure(stored["z"], positions[0]), positions)
+    # kcal/mol and kcal/mol/angstrom
+    np.testing.assert_allclose(energies / 4.184, stored["E_pred"].ravel(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(forces / 41.84, stored["F_pred"].reshape(positions.shape), rtol=0, atol=1e-5)
 
 
 def test_averages_are_those_of_single_runs(coarse: openmm.System, topology: app.Topology) -> None:
