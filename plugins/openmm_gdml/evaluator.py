@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_gdml.descriptor_graph import CompiledCopies, compiled_copies
 from openmm_gdml.native import FusedKernel, library
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials.evaluator import OUTPUTS, Evaluator
@@ -60,7 +61,8 @@ class GDMLEvaluator(Evaluator):
 
     Args of the constructor: see `Potential.evaluator`. ``compile=False`` runs the torch form; True and 'auto' run the
     fused kernel on the CPU (compiled within seconds, once per machine), and the torch form, with one line that says so,
-    where there is no compiler. Other devices always run the torch form.
+    where there is no compiler. Other devices always run the torch form. Descriptors that the kernel does not know have
+    a compiled graph of their own with True, or 'auto' where the disk holds it (see `descriptor_graph`).
 
     Attributes:
         pairs: see `Orientation`.
@@ -90,14 +92,15 @@ class GDMLEvaluator(Evaluator):
         self._batch = batch
         self._on_gpu = model.device.type != "cpu"
         self._native: bool | None = None
+        self._graph: CompiledCopies | None = None
         self._lattices: np.ndarray | None = None
         self._single: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
         self._kernels: list[tuple[np.ndarray | slice, FusedKernel]] = []
 
     @property
     def compiled(self) -> bool | None:
-        """Whether the fused kernel runs; None before the first call."""
-        return self._native
+        """Whether the fused kernel or a compiled graph runs; None before the first call."""
+        return self._native if self._graph is None else True
 
     def __call__(
         self,
@@ -135,6 +138,9 @@ class GDMLEvaluator(Evaluator):
         copies = np.ascontiguousarray(positions).reshape(self._copies)
         if self._native is None:
             self._native = self._decide(copies)
+        if self._graph is not None:
+            energies, forces = self._graph(copies)
+            return energies, forces.reshape(self._shape)
         if not self._native:
             return self._by_torch(copies)
         energies, forces = self._by_kernel(copies)
@@ -228,14 +234,21 @@ class GDMLEvaluator(Evaluator):
 
     def _decide(self, copies: np.ndarray) -> bool:
         """Whether the fused kernel runs: it must be wanted, compile, and agree with the torch form on this frame."""
-        if self.compile is False or not self.gdml.fusible:
+        if self.compile is False:
+            return False
+        if not self.gdml.fusible:
+            graph = compiled_copies(self.gdml, copies, self.compile)
+            self._graph = graph if graph is not None and self._agrees(*graph(copies), copies) else None
             return False
         try:
             library()
         except (RuntimeError, OSError) as error:
             _no_kernel(str(error).removeprefix("compile: "))
             return False
-        energies, forces = self._by_kernel(copies)
+        return self._agrees(*self._by_kernel(copies), copies)
+
+    def _agrees(self, energies: np.ndarray, forces: np.ndarray, copies: np.ndarray) -> bool:
+        """Whether compiled code gives what the torch form gives; a warning if not."""
         exact_energies, exact_forces = self._by_torch(copies)
         # rounding is amplified by the size of the coefficients, which cancel
         tolerance = 1e-6 + 1e-13 * float(self.gdml.coefficients.abs().max())
@@ -244,7 +257,7 @@ class GDMLEvaluator(Evaluator):
             wrong = np.abs(energies - exact_energies).max() > tolerance * (1.0 + 1e-9 * np.abs(exact_energies).max())
             wrong |= np.abs(forces.reshape(self._shape) - exact_forces).max() > tolerance * scale
         if wrong:
-            logger.warning("compile: the fused kernel and the torch form disagree; running the torch form")
+            logger.warning("compile: the compiled code and the torch form disagree; running the torch form")
         return not wrong
 
 
