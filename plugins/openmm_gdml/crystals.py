@@ -66,6 +66,10 @@ class CrystalSymmetry:
     def __len__(self) -> int:
         return len(self.permutations)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # numpy's own protocol, so that the group itself can be passed where permutations are expected
+        return np.array(self.permutations, dtype=dtype)
+
     def inspect(self) -> str:
         """The group in a few lines, for a person."""
         n = len(self)

@@ -78,6 +78,7 @@ def test_copper_has_27_translations_times_48_point_operations(copper: Atoms, ful
     assert rows(full.permutations) == expected
     assert full.n_translations == 27 and full.space_group == "Fm-3m (225)" and full.deviation < 1e-9
     assert np.array_equal(full.permutations[0], np.arange(27))
+    assert np.array_equal(np.asarray(full), full.permutations)
     assert "27 translations x 48 point operations" in full.inspect()
 
 
