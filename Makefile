@@ -32,7 +32,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e ".[train,label,analysis,dev]"
+	$(INSTALL) -e ".[train,label,analysis,crystals,dev]"
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
