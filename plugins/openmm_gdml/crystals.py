@@ -141,6 +141,27 @@ def symmetry(
     return CrystalSymmetry(permutations, translations, name, space_group, deviation, kept, whole)
 
 
+def of_training_data(
+    structures: Sequence[Structure],
+    kind: str | np.ndarray = "full",
+    reference: Structure | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+    mobile: Iterable[int] = (),
+) -> CrystalSymmetry:
+    """The symmetry of the supercell that training geometries come from, checked against them.
+
+    Args:
+        structures: thermal geometries of one supercell.
+        reference: the relaxed supercell; None takes the mean positions, which some dozens of geometries give well.
+
+    Raises what `symmetry` and `check_displacements` raise.
+    """
+    moving = list(mobile)
+    group = symmetry(structures if reference is None else reference, kind, tolerance, moving)
+    check_displacements(group, structures, moving)
+    return group
+
+
 def mean_structure(structures: Sequence[Structure]) -> Structure:
     """Mean positions of thermal geometries of one supercell, with drift and wrapping taken out.
 

@@ -96,6 +96,8 @@ def test_thermal_geometries_give_the_group_and_the_published_translations(
     assert rows(translations.permutations) == rows(published) and len(translations) == 27
     assert crystals.symmetry(thermal, published).n_translations == 27
     assert 0.2 < crystals.check_displacements(found, thermal) < 0.6
+    again = crystals.of_training_data(thermal, reference=found.reference)
+    assert np.array_equal(again.permutations, found.permutations) and again.deviation < 1e-9
 
 
 def test_rounding_fractions_loses_symmetry_that_distances_have(full: crystals.CrystalSymmetry) -> None:
@@ -161,6 +163,8 @@ def test_hopping_and_disorder_are_noticed(copper: Atoms, full: crystals.CrystalS
     hopped[5] += 0.6 * (copper.positions[1] - copper.positions[0])
     with pytest.raises(ValueError, match=r"atom 5 of structure 1 is 1\.5"):
         crystals.check_displacements(full, [good, good.replace(positions=hopped)])
+    with pytest.raises(ValueError, match="atom 5 of structure 1"):
+        crystals.of_training_data([good, good.replace(positions=hopped)], reference=good)
     with pytest.raises(ValueError, match="one cell, but that of structure 1"):
         crystals.mean_structure([good, good.replace(cell=good.cell * 1.01)])
 

@@ -1,0 +1,328 @@
+"""Quantum hydrogen in palladium: rings of 8 beads beside classical dynamics, at 300 K.
+
+The model is the one of `gdml_materials.py` with the whole symmetry of the site and image sums (its file lies in the
+work folder). Runs of the same system:
+
+* classical Langevin dynamics;
+* 8 beads with OpenMM's `RPMDIntegrator`, which calls the model for one bead after the other;
+* 8 beads as replicas in one System (`openmm_mlff.sampling.path_integrals`), whose model evaluates all beads at once;
+* the same with other numbers of beads, for the convergence.
+
+Kinetic energies by the centroid virial estimator with their standard errors, beside the exact ones of a harmonic
+oscillator with the same number of beads, and the model's force errors on the beads themselves, labelled by the
+reference method, since quantum hydrogen goes where classical training data hardly are. Speed: the two ways in turn, one
+thread, and the batched one on two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _materials as materials
+import numpy as np
+import openmm
+import torch
+from _common import HERE, machine, summary, write
+from openmm import app, unit
+from openmmml import MLPotential
+from rich.console import Console
+from rich.table import Table
+
+from openmm_mlff.analysis.observables import mean_with_error
+from openmm_mlff.analysis.path_integrals import harmonic_oscillator
+from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.sampling.path_integrals import (
+    RingFrame,
+    RingPolymers,
+    ring_dynamics,
+    ring_dynamics_frame,
+    start_ring_dynamics,
+)
+from openmm_mlff.units import BOLTZMANN_EV, HBAR_KJ_PER_MOL_PS, KJ_PER_MOL_PER_EV
+
+BEADS, TEMPERATURE = 8, materials.TEMPERATURE
+HYDROGEN = 27
+FRICTION = 10.0  # 1/ps
+SAMPLE_EVERY = 10.0  # fs
+MODEL = "PdH_full_image_sums_{}.safetensors"
+
+
+def crystal() -> tuple[app.Topology, np.ndarray, np.ndarray]:
+    """Topology, positions (nm) and masses of the relaxed supercell, turned so that OpenMM accepts its box."""
+    atoms = materials.palladium_hydride()
+    cell, turn = atoms.cell.standard_form()
+    positions = atoms.positions @ turn.T
+    topology = app.Topology()
+    residue = topology.addResidue("PDH", topology.addChain())
+    for number in atoms.numbers:
+        element = app.Element.getByAtomicNumber(int(number))
+        topology.addAtom(element.symbol, element, residue)
+    # OpenMM compares with the exact limits of a reduced box, which this cell reaches
+    box = np.array(cell) * 0.1
+    rows = [openmm.Vec3(*row) for row in np.tril(box)] * unit.nanometer
+    topology.setPeriodicBoxVectors(app.internal.unitcell.reducePeriodicBoxVectors(rows))
+    return topology, positions * 0.1, atoms.get_masses()
+
+
+def step_for(n_beads: int) -> float:
+    """Time step in fs: a twentieth of the period of the stiffest spring, at most 0.5 fs."""
+    period = np.pi * HBAR_KJ_PER_MOL_PS / (BOLTZMANN_EV * KJ_PER_MOL_PER_EV * TEMPERATURE * n_beads) * 1e3
+    return float(min(0.5, 0.05 * round(period / 20 / 0.05)))
+
+
+def observables(frame: RingFrame, home: np.ndarray) -> dict[str, Any]:
+    """What is kept of one frame, meV and angstrom."""
+    metal = np.delete(np.arange(frame.positions.shape[1]), HYDROGEN)
+    # displacement of every bead of hydrogen from its site, relative to the metal's centroid
+    displacement = frame.positions - home
+    drift = displacement[:, metal].mean(axis=(0, 1))
+    to_mev = 1e3 / KJ_PER_MOL_PER_EV
+    return {
+        "hydrogen": frame.kinetic[HYDROGEN] * to_mev,
+        "hydrogen_primitive": frame.primitive[HYDROGEN] * to_mev,
+        "metal": frame.kinetic[metal].mean() * to_mev,
+        "gyration": frame.gyration[HYDROGEN] * 100,
+        "displacement": (displacement[:, HYDROGEN] - drift) * 10,
+    }
+
+
+def sample(
+    advance: Callable[[int], None], frame: Callable[[], RingFrame], home: np.ndarray, step: float, picoseconds: float
+) -> dict[str, np.ndarray]:
+    """Run 1 ps without and `picoseconds` with observation."""
+    every = max(1, round(SAMPLE_EVERY / step))
+    advance(round(1000 / step))
+    rows = []
+    for _ in range(round(picoseconds * 1000 / step / every)):
+        advance(every)
+        rows.append(observables(frame(), home))
+    return {key: np.array([row[key] for row in rows]) for row in rows[:1] for key in row}
+
+
+def batched(
+    system: openmm.System, topology: app.Topology, home: np.ndarray, n_beads: int, seed: int
+) -> tuple[RingPolymers, openmm.Context]:
+    rings = RingPolymers(system, topology, n_beads, TEMPERATURE)
+    context = rings.context(rings.integrator(step_for(n_beads) * 1e-3, FRICTION, seed), "Reference")
+    rings.start(context, home, seed)
+    return rings, context
+
+
+def run(name: str, make: Callable[[], dict[str, np.ndarray]], folder: Path) -> dict[str, np.ndarray]:
+    """A run, or what an earlier call has kept of it."""
+    import io
+
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        start = time.perf_counter()
+        found = make()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **found, seconds=time.perf_counter() - start)  # type: ignore[arg-type]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+    return dict(np.load(path, allow_pickle=False))
+
+
+def averages(found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means with standard errors, meV and angstrom^2."""
+    rows = {}
+    for key in ("hydrogen", "hydrogen_primitive", "metal", "gyration"):
+        estimate = mean_with_error(found[key])
+        rows[key] = {"mean": estimate.value, "error": estimate.error}
+    spread = mean_with_error(np.sum(found["displacement"] ** 2, axis=-1).mean(axis=-1))
+    rows["hydrogen_squared_displacement"] = {"mean": spread.value, "error": spread.error}
+    return rows | {"seconds": float(found["seconds"]), "samples": len(found["hydrogen"])}
+
+
+def frequency(model: Any, home: np.ndarray) -> float:
+    """Angular frequency of hydrogen in the rigid lattice by central differences of the model's forces, 1/ps."""
+    atoms = materials.palladium_hydride()
+    delta, stiffness = 0.01, []
+    lattice = torch.from_numpy(atoms.cell.array)
+    for k in range(3):
+        pair = torch.from_numpy(np.stack([atoms.positions] * 2))
+        pair[0, HYDROGEN, k] += delta
+        pair[1, HYDROGEN, k] -= delta
+        forces = model.energies_and_forces(pair, lattice)[1]
+        stiffness.append(float(forces[1, HYDROGEN, k] - forces[0, HYDROGEN, k]) / (2 * delta))
+    # eV/angstrom^2 -> kJ/mol/nm^2
+    return float(np.sqrt(np.mean(stiffness) * KJ_PER_MOL_PER_EV * 100 / 1.008))
+
+
+def bead_errors(model: Any, displaced: np.ndarray, frames: int) -> dict[str, float]:
+    """Errors of the model's forces on geometries that beads visited, labelled by the reference method."""
+    atoms = materials.palladium_hydride()
+    chosen = displaced[np.linspace(0, len(displaced) - 1, frames).astype(int)]
+    errors, hydrogen = [], []
+    for positions in chosen:
+        atoms.positions = positions
+        forces = model.energies_and_forces(torch.from_numpy(positions[None]), torch.from_numpy(atoms.cell.array))[1][
+            0
+        ].numpy()
+        difference = forces - atoms.get_forces()
+        errors.append(difference)
+        hydrogen.append(difference[HYDROGEN])
+    return {
+        "frames": frames,
+        "forces_rmse_meV_per_A": 1e3 * float(np.sqrt(np.mean(np.square(errors)))),
+        "hydrogen_forces_rmse_meV_per_A": 1e3 * float(np.sqrt(np.mean(np.square(hydrogen)))),
+    }
+
+
+def speed(system: openmm.System, topology: app.Topology, home: np.ndarray, masses: np.ndarray) -> dict[str, Any]:
+    """Time per step of all beads, both ways in turn."""
+    single = ring_dynamics(system, BEADS, TEMPERATURE, step_for(BEADS) * 1e-3, FRICTION, 1)
+    start_ring_dynamics(single, home, masses, 1)
+    _, together = batched(system, topology, home, BEADS, 1)
+    _, classical = batched(system, topology, home, 1, 1)
+    ways = {
+        "classical": (classical, 1),
+        "one_by_one": (single, 1),
+        "batched": (together, 1),
+        "two_threads": (together, 2),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(11):
+        for name, (context, threads) in ways.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            context.getIntegrator().step(20)
+            if turn:
+                times[name].append((time.perf_counter() - start) / 20)
+    torch.set_num_threads(1)
+    ratios = {
+        f"one_by_one_over_{name}": round(float(np.median(np.array(times["one_by_one"]) / np.array(times[name]))), 2)
+        for name in ("batched", "two_threads")
+    }
+    return {name: summary(values) for name, values in times.items()} | ratios
+
+
+def draw(runs: dict[str, dict[str, np.ndarray]], result: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 4.2))
+    edges = np.linspace(-0.7, 0.7, 57)
+    styles = {
+        "classical": ("classical", "tab:grey", "-"),
+        "rpmd": ("8 beads, RPMDIntegrator", "tab:red", "-"),
+        f"batched_{BEADS}": ("8 beads, in one System", "tab:blue", "--"),
+    }
+    for name, (label, colour, style) in styles.items():
+        density, _ = np.histogram(runs[name]["displacement"].ravel(), edges, density=True)
+        left.plot(0.5 * (edges[1:] + edges[:-1]), density, style, color=colour, label=label)
+    left.set_xlabel("hydrogen: displacement along x, y or z [Å]")
+    left.set_ylabel("probability density [1/Å]")
+    left.legend(fontsize=8)
+    beads = sorted(int(n.split("_")[1]) for n in runs if n.startswith("batched_"))
+    rows = [result["runs"][f"batched_{n}"] for n in beads]
+    right.errorbar(
+        beads,
+        [r["hydrogen"]["mean"] for r in rows],
+        [r["hydrogen"]["error"] for r in rows],
+        fmt="o",
+        color="tab:blue",
+        capsize=3,
+        label="in one System",
+    )
+    rpmd = result["runs"]["rpmd"]["hydrogen"]
+    right.errorbar(
+        [BEADS * 1.06], rpmd["mean"], rpmd["error"], fmt="s", color="tab:red", capsize=3, label="RPMDIntegrator"
+    )
+    curve = [result["harmonic"][str(n)] for n in beads]
+    right.plot(beads, curve, "-", color="black", lw=0.9, label="harmonic oscillator, exact for so many beads")
+    right.axhline(result["harmonic"]["quantum"], color="black", lw=0.8, ls=":")
+    right.text(1.0, result["harmonic"]["quantum"] + 0.4, "harmonic, quantum", fontsize=8)
+    right.set_xscale("log", base=2)
+    right.set_xticks(beads, [str(n) for n in beads])
+    right.set_xlabel("beads")
+    right.set_ylabel("kinetic energy of hydrogen [meV]")
+    right.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=80, help="training geometries of the model")
+    parser.add_argument("--picoseconds", type=float, default=20.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    file = materials.WORK / "rows" / MODEL.format(arguments.train)
+    if not file.exists():
+        raise SystemExit(f"no {file.name} in the work folder; run gdml_materials.py first")
+    model = load_potential(file)
+    folder = materials.WORK / f"rings_{arguments.train}"
+    topology, home, masses = crystal()
+    system = MLPotential("gdml", modelPath=str(file)).createSystem(topology, removeCMMotion=False, compile=True)
+    ps = arguments.picoseconds
+
+    def together(n_beads: int) -> dict[str, np.ndarray]:
+        rings, context = batched(system, topology, home, n_beads, 10 + n_beads)
+        return sample(context.getIntegrator().step, lambda: rings.frame(context), home, step_for(n_beads), ps)
+
+    def one_by_one() -> dict[str, np.ndarray]:
+        context = ring_dynamics(system, BEADS, TEMPERATURE, step_for(BEADS) * 1e-3, FRICTION, 7)
+        start_ring_dynamics(context, home, masses, 7)
+        integrator = context.getIntegrator()
+        return sample(integrator.step, lambda: ring_dynamics_frame(context, masses), home, step_for(BEADS), ps)
+
+    runs = {"classical": run("classical", lambda: together(1), folder)}
+    runs["rpmd"] = run("rpmd", one_by_one, folder)
+    for n in (2, 4, BEADS, 16):
+        runs[f"batched_{n}"] = run(f"batched_{n}", lambda n=n: together(n), folder)  # type: ignore[misc]
+    runs["batched_1"] = runs["classical"]
+    omega = frequency(model, home)
+    to_mev = 1e3 / KJ_PER_MOL_PER_EV
+    result: dict[str, Any] = {"what": __doc__, "machine": machine()}
+    result["hydrogen_frequency_meV"] = HBAR_KJ_PER_MOL_PS * omega * to_mev
+    result["harmonic"] = {
+        str(n): 3 * harmonic_oscillator(omega, masses[HYDROGEN], TEMPERATURE, n).kinetic * to_mev
+        for n in (1, 2, 4, BEADS, 16)
+    } | {"quantum": 3 * harmonic_oscillator(omega, masses[HYDROGEN], TEMPERATURE).kinetic * to_mev}
+    result["runs"] = {name: averages(found) for name, found in runs.items()}
+    result["z_scores_rpmd_against_batched"] = {}
+    for key in ("hydrogen", "metal", "gyration"):
+        one, other = result["runs"]["rpmd"][key], result["runs"][f"batched_{BEADS}"][key]
+        z = (one["mean"] - other["mean"]) / float(np.hypot(one["error"], other["error"]))
+        result["z_scores_rpmd_against_batched"][key] = round(z, 2)
+    result["errors_on_beads"] = bead_errors(model, _bead_geometries(system, topology, home, folder), 100)
+    result["speed"] = speed(system, topology, home, masses)
+    table = Table("run", "K(H) [meV]", "K(H), primitive", "K(Pd) [meV]", "rg^2(H) [Å²]", "<u²>(H) [Å²]")
+    for name, row in result["runs"].items():
+        cells = ("hydrogen", "hydrogen_primitive", "metal", "gyration", "hydrogen_squared_displacement")
+        table.add_row(name, *(f"{row[c]['mean']:.4g} +- {row[c]['error']:.1g}" for c in cells))
+    Console().print(table)
+    print(
+        json.dumps(
+            {k: result[k] for k in ("harmonic", "z_scores_rpmd_against_batched", "errors_on_beads", "speed")}, indent=1
+        )
+    )
+    draw(runs, result, HERE / "gdml_rpmd.png")
+    write("gdml_rpmd", result)
+
+
+def _bead_geometries(system: openmm.System, topology: app.Topology, home: np.ndarray, folder: Path) -> np.ndarray:
+    """Geometries of single beads, ``(n, n_atoms, 3)`` angstrom, in the frame of the reference method's cell."""
+
+    def make() -> dict[str, np.ndarray]:
+        rings, context = batched(system, topology, home, BEADS, 99)
+        frames = []
+        for k in range(60):
+            context.getIntegrator().step(round(100 / step_for(BEADS)))
+            if k >= 10:
+                frames.append(rings.frame(context).positions[:: BEADS // 2])
+        return {"positions": np.concatenate(frames)}
+
+    turn = materials.palladium_hydride().cell.standard_form()[1]
+    return run("bead_geometries", make, folder)["positions"] * 10 @ turn
+
+
+if __name__ == "__main__":
+    main()
