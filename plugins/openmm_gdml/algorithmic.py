@@ -24,6 +24,8 @@ from openmm_gdml.operators import TEMPORARY, as_permutations, as_tensor
 
 #: numbers in Jacobians that may be kept while the blocks of a matrix are made (512 MB)
 KEPT = 1 << 26
+#: rows that are mirrored together
+PANEL = 512
 
 
 class AlgorithmicOperator:
@@ -95,7 +97,10 @@ class AlgorithmicOperator:
 
     def _check_derivatives(self) -> None:
         random = torch.from_numpy(np.random.default_rng(0).normal(size=self.positions.shape)).to(self.positions.device)
-        _, change = push(self._described, (self.positions,), (random,))
+        try:
+            _, change = push(self._described, (self.positions,), (random,))
+        except NotImplementedError as error:
+            raise ValueError(f"descriptor: torch cannot differentiate one of its operations: {error}") from error
         finite = torch.isfinite(self.descriptors).all(1) & torch.isfinite(change).flatten(1).all(1)
         if not bool(finite.all()):
             bad = int(torch.nonzero(~finite)[0])
@@ -269,7 +274,11 @@ class AlgorithmicOperator:
     def dense(self) -> Tensor:
         """The whole matrix, ``(n, n)`` float64; the caller may overwrite it."""
         k = self.positions.new_zeros(self.n, self.n)
-        self._fill(k, torch.arange(self.n_points), torch.arange(len(self.at)))
+        self._fill(k, torch.arange(self.n_points), torch.arange(len(self.at)), lower=True)
+        for i in range(0, self.n, PANEL):
+            rows = slice(i, i + PANEL)
+            k[rows, rows] = k[rows, rows].tril() + k[rows, rows].tril(-1).T
+            k[rows, i + PANEL :] = k[i + PANEL :, rows].T
         return k
 
     def columns(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
@@ -305,8 +314,11 @@ class AlgorithmicOperator:
         self._fill(out, points, at)
         return out
 
-    def _fill(self, out: Tensor, points: Tensor, at: Tensor) -> None:
-        """Columns of the forces and energies of `points` and of the products `at` into ``out``, in that order."""
+    def _fill(self, out: Tensor, points: Tensor, at: Tensor, lower: bool = False) -> None:
+        """Columns of the forces and energies of `points` and of the products `at` into ``out``, in that order.
+
+        With `lower`, which takes all points and products, only blocks on and below the diagonal are needed.
+        """
         per_pair = len(self.permutations) * (self.size * (self.block + 2) + 4 * self.block) + 6 * self.block**2
         size = max(1, int(sqrt(TEMPORARY / per_pair)))
         n_force, n_first = len(points) * self.block, len(points) * (self.block + self.energies)
@@ -316,11 +328,34 @@ class AlgorithmicOperator:
             right = self._jets(group)
             force = slice(j * self.block, (j + len(group)) * self.block)
             energy = slice(n_force + j, n_force + j + len(group)) if self.energies else None
-            self._fill_rows(out, right, force, energy, None, size, kept)
+            for i in range(0 if self.energies or not lower else j, self.n_points, size):
+                rows = slice(i, min(i + size, self.n_points))
+                pairs = PairProducts(self._left(False, rows, kept), right)
+                self._fill_of_points(out, pairs, rows, force, energy)
+            for i in range(0, len(self.at), size):
+                rows = slice(i, min(i + size, len(self.at)))
+                pairs = PairProducts(self._left(True, rows, kept), right)
+                out[self._of_products(rows), force] = _matrix(pairs.product_force())
+                if energy is not None:
+                    out[self._of_products(rows), energy] = pairs.product_energy().transpose(1, 2).flatten(0, 1)
         for j in range(0, len(at), size):
-            group = at[j : j + size]
-            product = slice(n_first + j * self.block, n_first + (j + len(group)) * self.block)
-            self._fill_rows(out, self._product_jets(group), None, None, product, size, kept)
+            right = self._product_jets(at[j : j + size])
+            product = slice(n_first + j * self.block, n_first + (j + len(right)) * self.block)
+            for i in range(0, 0 if lower else self.n_points, size):
+                rows = slice(i, min(i + size, self.n_points))
+                pairs = PairProducts(self._left(False, rows, kept), right)
+                out[rows.start * self.block : rows.stop * self.block, product] = _matrix(pairs.force_product())
+                if self.energies:
+                    out[self.n_forces + rows.start : self.n_forces + rows.stop, product] = (
+                        pairs.energy_product().flatten(1)
+                    )
+            for i in range(j if lower else 0, len(self.at), size):
+                rows = slice(i, min(i + size, len(self.at)))
+                pairs = PairProducts(self._left(True, rows, kept), right)
+                out[self._of_products(rows), product] = _matrix(pairs.product_product())
+
+    def _of_products(self, rows: slice) -> slice:
+        return slice(self.n_first + rows.start * self.block, self.n_first + rows.stop * self.block)
 
     def _left(self, product: bool, rows: slice, kept: dict[tuple[bool, int], Jets]) -> Jets:
         """Jets of a few rows, computed once if there is room for all."""
@@ -331,44 +366,17 @@ class AlgorithmicOperator:
             kept[product, rows.start] = jets
         return jets
 
-    def _fill_rows(
-        self,
-        out: Tensor,
-        right: Jets,
-        force: slice | None,
-        energy: slice | None,
-        product: slice | None,
-        size: int,
-        kept: dict[tuple[bool, int], Jets],
+    def _fill_of_points(
+        self, out: Tensor, pairs: PairProducts, rows: slice, force: slice, energy: slice | None
     ) -> None:
-        """All rows of a few columns, which are of `right`."""
-        for i in range(0, self.n_points, size):
-            rows = slice(i, min(i + size, self.n_points))
-            left = self._left(False, rows, kept)
-            pairs = PairProducts(left, right)
-            of_force = slice(rows.start * self.block, rows.stop * self.block)
+        """Rows of forces and energies of some geometries in columns of others."""
+        of_force = slice(rows.start * self.block, rows.stop * self.block)
+        out[of_force, force] = _matrix(pairs.force_force())
+        if energy is not None:
             of_energy = slice(self.n_forces + rows.start, self.n_forces + rows.stop)
-            if force is not None:
-                out[of_force, force] = _matrix(pairs.force_force())
-            if product is not None:
-                out[of_force, product] = _matrix(pairs.force_product())
-            if self.energies and force is not None:
-                out[of_energy, force] = pairs.energy_force().flatten(1)
-            if self.energies and product is not None:
-                out[of_energy, product] = pairs.energy_product().flatten(1)
-            if energy is not None:
-                out[of_energy, energy] = pairs.energy_energy()
-                out[of_force, energy] = -(pairs.h[1][..., None] * pairs.p).sum(2).transpose(1, 2).flatten(0, 1)
-        for i in range(0, len(self.at), size):
-            left = self._left(True, slice(i, min(i + size, len(self.at))), kept)
-            at = slice(self.n_first + i * self.block, self.n_first + (i + len(left)) * self.block)
-            pairs = PairProducts(left, right)
-            if product is not None:
-                out[at, product] = _matrix(pairs.product_product())
-            if force is not None:
-                out[at, force] = _matrix(pairs.product_force())
-            if energy is not None:
-                out[at, energy] = pairs.product_energy().transpose(1, 2).flatten(0, 1)
+            out[of_energy, force] = pairs.energy_force().flatten(1)
+            out[of_energy, energy] = pairs.energy_energy()
+            out[of_force, energy] = pairs.force_energy().transpose(1, 2).flatten(0, 1)
 
     def diagonal(self) -> Tensor:
         """``(n,)`` float64."""

@@ -88,7 +88,10 @@ def name_of(function: Descriptor | str) -> str:
 
 def takes(function: Descriptor, keyword: str) -> bool:
     """Whether a descriptor has an option of this name."""
-    return keyword in inspect.signature(function).parameters
+    try:
+        return keyword in inspect.signature(function).parameters
+    except ValueError:  # functions of C++ have no signature
+        return False
 
 
 def descriptor_size(name: str, n_atoms: int, options: Mapping[str, Any] | None = None) -> int:

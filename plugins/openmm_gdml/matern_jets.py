@@ -83,10 +83,13 @@ class PairProducts:
         self.p = torch.einsum("idm,ijsd->ijsm", self.jacobian, self.u)
         self.p_other = torch.einsum("jsdn,ijsd->ijsn", self.other, self.u)
 
+    def weighted(self, weight: Tensor, second: Tensor) -> Tensor:
+        """sum_s weight_ijs second_js: ``(i, j, d, n)`` from ``(j, s, d, n)``."""
+        return torch.einsum("ijs,jsdn->ijdn", weight, second)
+
     def mixed(self, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """sum_s weight_ijs first_i^T second_js: ``(i, j, m, n)`` from ``(i, d, m)`` and ``(j, s, d, n)``."""
-        summed = torch.einsum("ijs,jsdn->ijdn", weight, second)
-        return torch.einsum("idm,ijdn->ijmn", first, summed)
+        return first.transpose(1, 2)[:, None] @ self.weighted(weight, second)
 
     def force_force(self) -> Tensor:
         """cov(F.w, F'.w'), ``(i, j, m, n)``."""
@@ -144,20 +147,25 @@ class PairProducts:
         q, q2 = torch.einsum("idm,ijsd->ijsm", curved, self.u), torch.einsum("jsdn,ijsd->ijsn", curved2, self.u)
         p, p2 = self.p, self.p_other
         # grad^4 [a, b, a', b']
-        fourth = self.mixed(h2 * aa + h3 * ua * ua2, self.jacobian, self.other)
-        fourth = fourth + outer(h2, s, s2) + outer(h2, r, r2) + outer(h4 * ua * ua2 + h3 * aa, p, p2)
+        fourth = outer(h2, s, s2) + outer(h2, r, r2) + outer(h4 * ua * ua2 + h3 * aa, p, p2)
         fourth = fourth + outer(h3 * ua2, s, p2) + outer(h3 * ua2, p, r2) + outer(h3 * ua, r, p2)
         fourth = fourth + outer(h3 * ua, p, s2)
         # grad^3 [c, a', b'] - grad^3 [a, b, c']
-        third = self.mixed(h2 * ua2, curved, self.other) - self.mixed(h2 * ua, self.jacobian, curved2)
-        third = third + outer(h2, t, p2) + outer(h2, q, s2) + outer(h3 * ua2, q, p2)
+        third = outer(h2, t, p2) + outer(h2, q, s2) + outer(h3 * ua2, q, p2)
         third = third - outer(h2, s, q2) - outer(h2, p, t2) - outer(h3 * ua, p, q2)
-        # -grad^2 [c, c']
-        return fourth + third - self.mixed(h1, curved, curved2) - outer(h2, q, q2)
+        # what multiplies J and dJ of the first geometry from the right, with -grad^2 [c, c']
+        by_jacobian = self.weighted(h2 * aa + h3 * ua * ua2, self.other) - self.weighted(h2 * ua, curved2)
+        by_curvature = self.weighted(h2 * ua2, self.other) - self.weighted(h1, curved2)
+        products = self.jacobian.transpose(1, 2)[:, None] @ by_jacobian + curved.transpose(1, 2)[:, None] @ by_curvature
+        return products + fourth + third - outer(h2, q, q2)
 
     def energy_force(self) -> Tensor:
         """cov(E, F'.w'), ``(i, j, n)``."""
         return (self.h[1][..., None] * self.p_other).sum(2)
+
+    def force_energy(self) -> Tensor:
+        """cov(F.w, E'), ``(i, j, m)``."""
+        return -(self.h[1][..., None] * self.p).sum(2)
 
     def energy_product(self) -> Tensor:
         """cov(E, w'.H'v'), ``(i, j, n)``."""
