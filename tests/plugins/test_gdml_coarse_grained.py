@@ -152,6 +152,31 @@ def test_the_model_is_an_ordinary_potential(tmp_path: Path) -> None:
     np.testing.assert_array_equal(predict(loaded, positions), predict(model, positions))
 
 
+def test_only_a_chiral_descriptor_learns_handedness() -> None:
+    """E = 0.2 eV times the sine of a dihedral: a function of distances is even in it and learns nothing."""
+    random = np.random.default_rng(11)
+    base = np.array([[1.2, 0.9, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.5], [1.1, -0.9, 2.0]])
+    positions = base + random.normal(scale=0.12, size=(500, 4, 3))
+    positions[::2, :, 1] *= -1.0
+
+    def energy(r: torch.Tensor) -> torch.Tensor:
+        a, axis, b = r[:, 0] - r[:, 1], r[:, 2] - r[:, 1], r[:, 3] - r[:, 2]
+        m, n = torch.linalg.cross(axis, a), torch.linalg.cross(axis, b)
+        sine = (torch.linalg.cross(m, n) * axis).sum(-1) / (m.norm(dim=-1) * n.norm(dim=-1) * axis.norm(dim=-1))
+        return 0.2 * sine
+
+    r = torch.from_numpy(positions).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(energy(r).sum(), r)
+    forces = -gradient.numpy()
+    errors = {}
+    for name in ("inverse_distances", "distances_and_dihedrals"):
+        estimator = CoarseGrainedGDML(sigma=2.0, lam=1e-5, n_inducing=200, descriptor=name)
+        model = estimator.fit(positions[:400], forces[:400])
+        errors[name] = np.mean((predict(model, positions[400:]) - forces[400:]) ** 2) / np.mean(forces[400:] ** 2)
+    assert errors["inverse_distances"] > 0.7
+    assert errors["distances_and_dihedrals"] < 0.02
+
+
 def test_stratified_frames_are_even_over_occupied_bins() -> None:
     random = np.random.default_rng(0)
     # two wells, one with 100 times the frames
