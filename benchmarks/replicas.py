@@ -14,6 +14,7 @@ phi and psi: z = difference of the means over its standard error, and the p-valu
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ def spookynet() -> Case:
     )  # fmt: skip
 
 
+#: of the statistics: ps of every run, ps of it that are discarded, frames
+LENGTHS = {"gdml": (100.0, 20.0, 200), "spookynet": (3.0, 1.0, 20)}
 CASES: dict[str, Callable[[], Case]] = {"gdml": beads, "spookynet": spookynet}
 
 
@@ -253,24 +256,37 @@ def draw(result: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5.4, 4.0), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.8), constrained_layout=True)
     for color, (name, rows) in zip(("#1f5fa8", "#b5472f"), result["speed"].items(), strict=False):
         counts = np.array([int(n) for n in rows])
-        values = np.array([rows[str(n)]["steps_per_second"] for n in counts])
+        together = [row["steps_per_second"] for row in rows.values()]
         alone = float(np.median([row["single_steps_per_second"] for row in rows.values()]))
-        axes.plot(counts, values, "o-", color=color, markersize=4, label=f"{name}, replicas")
-        axes.axhline(alone, color=color, linestyle="--", linewidth=1, label=f"{name}, one molecule")
-        axes.annotate(
-            f"{rows[str(counts[-1])]['gain']:.1f}x", (counts[-1], values[-1]), xytext=(0, 6),
-            textcoords="offset points", ha="center", color=color, fontsize=9,
+        gains = np.array([row["gain"] for row in rows.values()])
+        quartiles = np.array([row["gain_quartiles"] for row in rows.values()])
+        left.plot(counts, together, "o-", color=color, markersize=4, label=name)
+        left.axhline(alone, color=color, linestyle="--", linewidth=1, label=f"one molecule: {alone:,.0f} steps/s")
+        right.plot(counts, gains, "o-", color=color, markersize=4)
+        right.fill_between(counts, quartiles[:, 0], quartiles[:, 1], color=color, alpha=0.25, linewidth=0)
+        right.annotate(
+            f"{gains[-1]:.1f}x", (counts[-1], gains[-1]), xytext=(4, 7),
+            textcoords="offset points", ha="right", color=color, fontsize=9,
         )  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(COUNTS, [str(n) for n in COUNTS])
-    axes.set_xlabel("replicas in one System")
-    axes.set_ylabel("steps per second, all replicas together")
-    axes.grid(alpha=0.3, which="major")
-    axes.legend(fontsize=8, frameon=False)
+    right.plot(COUNTS, COUNTS, color="0.6", linewidth=1, linestyle=":")
+    right.annotate("as many times", (64, 64), xytext=(-6, 0), textcoords="offset points", ha="right", color="0.4",
+                   fontsize=8)  # fmt: skip
+    left.set_ylabel("steps per second, all replicas together")
+    right.set_ylabel("gain over a run of one molecule")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(COUNTS, [str(n) for n in COUNTS])
+        axes.set_xlabel("replicas in one System")
+        axes.grid(alpha=0.3, which="major")
+        axes.margins(y=0.12)
+    right.set_yticks([1, 10, 100], ["1", "10", "100"])
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * 12)
+    left.legend(fontsize=8, frameon=False, loc="upper left")
     figure.savefig(HERE / "replicas.png", dpi=160)
 
 
@@ -294,23 +310,30 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--parts", nargs="+", default=["speed", "statistics"], choices=["speed", "statistics"])
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1.0, help="of every timing")
-    parser.add_argument("--runs", type=int, default=64, help="replicas and single runs of the statistics; 0: none")
+    parser.add_argument("--runs", type=int, default=64, help="replicas, and single runs, of the statistics")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="keep what replicas.json has of other parts and models")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    lengths = {"gdml": (200.0, 20.0, 400), "spookynet": (6.0, 1.0, 50)}
     result: dict[str, Any] = {"what": __doc__, "machine": machine(), "speed": {}, "statistics": {}}
-    for key in arguments.models:
-        case = CASES[key]()
-        result["speed"][case.name] = speed(case, arguments.counts, arguments.rounds, arguments.seconds)
-        if arguments.runs:
-            result["statistics"][case.name] = statistics(case, arguments.runs, *lengths[key])
+    if arguments.keep and (HERE / "replicas.json").exists():
+        result |= json.loads((HERE / "replicas.json").read_text(encoding="utf-8")) | {"machine": result["machine"]}
+    for part in arguments.parts:
+        for key in arguments.models:
+            case = CASES[key]()
+            if part == "speed":
+                found = speed(case, arguments.counts, arguments.rounds, arguments.seconds)
+            else:
+                found = statistics(case, arguments.runs, *LENGTHS[key])
+            result[part][case.name] = found
+            # each part takes minutes: what is done is kept
+            write("replicas", result)
     show(result)
     draw(result)
-    write("replicas", result)
 
 
 if __name__ == "__main__":
