@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vectors", type=int, default=260, help="label vectors of the largest training set")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     path = Path(SHARED) / "data" / DATA
     if not path.exists():
         raise SystemExit(f"no {path.name} in the folder of shared data; OPENMM_MLFF_SHARED names that folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from openmm_gdml.descriptor_library import (
 )
 from openmm_gdml.products import KEY
 from openmm_gdml.training import GDML
+from openmm_mlff import _plugins
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential, save_potential
@@ -342,6 +344,18 @@ def test_another_process_has_to_register(own_model: GDMLPotential, tmp_path: Pat
     assert float(done["registered"].stdout) == pytest.approx(own_model.energy_and_forces(structure)[0], abs=1e-10)
     assert "no descriptor is called 'shifted_distances'" in done["not"].stderr
     assert "openmm_gdml.descriptors.register" in done["not"].stderr
+
+
+def test_descriptors_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heights(r: Tensor) -> Tensor:
+        return r[..., 2]
+
+    point = EntryPoint("heights_of_a_package", "some.module:heights", descriptors.ENTRY_POINTS)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: heights)
+    monkeypatch.setattr(_plugins, "entry_points", lambda group: [point] if group == descriptors.ENTRY_POINTS else [])
+    assert descriptors.descriptor("heights_of_a_package") is heights
+    with pytest.raises(ValueError, match="descriptor: no descriptor is called 'heights'"):
+        descriptors.descriptor("heights")
 
 
 def test_graphs_depend_on_what_a_descriptor_computes() -> None:
