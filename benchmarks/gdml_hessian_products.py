@@ -30,7 +30,7 @@ from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 DATA = "gdml/dataset_ethanol.npz"
 GEOMETRIES = (12, 25, 50, 100, 200)
 PRODUCTS = (0, 1, 3, 9)
-SIGMAS, LAMBDAS = (10.0, 20.0, 40.0), (1e-10, 1e-8)
+SIGMAS, LAMBDAS = (10.0, 20.0, 40.0), (1e-10, 1e-8, 1e-6)
 #: frames of each trajectory, with gaps between
 TRAIN, VALIDATION, TEST = slice(0, 600), slice(650, 800, 2), slice(850, 1000)
 STEP = 0.02
