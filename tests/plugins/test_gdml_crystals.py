@@ -6,10 +6,13 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import openmm
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, graphene
+from openmm import app, unit
+from openmmml import MLPotential
 
 from openmm_gdml import crystals, images, native_blocks, operators
 from openmm_gdml.descriptors import (
@@ -21,6 +24,13 @@ from openmm_gdml.descriptors import (
 )
 from openmm_gdml.model import GDMLPotential
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.sampling.path_integrals import (
+    RingPolymers,
+    ring_dynamics,
+    ring_dynamics_frame,
+    start_ring_dynamics,
+)
+from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM
 
 
 def as_structure(atoms: Atoms) -> Structure:
@@ -274,6 +284,53 @@ def test_fused_kernel_knows_image_sums(lattice: str, copper: Atoms, full: crysta
 
 def library_missing() -> bool:
     return native_blocks.library() is None
+
+
+# -- beads ---------------------------------------------------------------------------------------------------------
+
+
+def test_beads_of_a_crystal_feel_the_model() -> None:
+    """The model in a turned box, for beads as replicas and for OpenMM's RPMDIntegrator, against single evaluations."""
+    random = np.random.default_rng(5)
+    atoms = hydride()
+    group = crystals.symmetry(atoms)
+    r = torch.from_numpy(atoms.positions + random.normal(scale=0.1, size=(4, 28, 3)))
+    x, g = images.image_sum_gradients(r, torch.from_numpy(atoms.cell.array))
+    model = GDMLPotential.from_coefficients(
+        atoms.numbers,
+        0.5,
+        x,
+        times_jacobian(g, torch.from_numpy(random.normal(size=(4, 28, 3)))),
+        0.0,
+        group.permutations,
+        lattice=atoms.cell.array,
+        descriptor="image_sums",
+    )
+    cell, turn = atoms.cell.standard_form()
+    topology = app.Topology()
+    residue = topology.addResidue("PDH", topology.addChain())
+    for number in atoms.numbers:
+        topology.addAtom("X", app.Element.getByAtomicNumber(int(number)), residue)
+    box = [openmm.Vec3(*row) for row in np.tril(cell) * 0.1] * unit.nanometer
+    topology.setPeriodicBoxVectors(app.internal.unitcell.reducePeriodicBoxVectors(box))
+    system = MLPotential("gdml", model=model).createSystem(topology, removeCMMotion=False, compile=True)
+    home = atoms.positions @ turn.T * 0.1
+    rings = RingPolymers(system, topology, n_beads=3, temperature=300.0)
+    together = rings.context(rings.integrator(0.00025, seed=1), "Reference")
+    rings.start(together, home, seed=1)
+    alone = ring_dynamics(system, 3, 300.0, 0.00025, seed=1)
+    start_ring_dynamics(alone, home, rings.masses, seed=1)
+    for context, frame in (
+        (together, lambda: rings.frame(together)),
+        (alone, lambda: ring_dynamics_frame(alone, rings.masses)),
+    ):
+        context.getIntegrator().step(40)
+        found = frame()
+        assert found.gyration.min() > 0
+        for positions, forces in zip(found.positions, found.forces, strict=True):
+            turned = Structure(atoms.numbers, positions * 10 @ turn, cell=atoms.cell.array)
+            expected = model.energy_and_forces(turned)[1] @ turn.T * KJ_PER_MOL_NM_PER_EV_ANGSTROM
+            assert np.abs(forces - expected).max() < 1e-6 * np.abs(expected).max()
 
 
 # -- kernel matrices -----------------------------------------------------------------------------------------------
