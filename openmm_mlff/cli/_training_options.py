@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -15,6 +16,29 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def overrides(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The options among `names` that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def set_options(content: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Put ``NAME=VALUE`` texts into a recipe's tables; names without a dot are options of the family's own trainer.
+
+    Values are JSON, or lists with commas, or else texts. Raises `ValueError` for a text without ``=``.
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set: expected NAME=VALUE, got {assignment!r}")
+        section, dot, key = name.partition(".")
+        table = content.setdefault(section if dot else "trainer", {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set: {section!r} is no table of the recipe, in {assignment!r}")
+        table[key if dot else name] = _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return [_value(part) for part in text.split(",")] if "," in text else text
 
 
 def show_table(report: Mapping[str, Any], title: str, keys: tuple[str, ...] = (), limit: int = 40) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from openmm_mlff.cli._training_options import add_device, overrides, show_table
+from openmm_mlff.cli._training_options import add_device, overrides, set_options, show_table
 
 DESCRIPTION = """\
 Train a potential by matching energies, forces, dipoles and charges, with everything that decides the result in one
@@ -23,6 +23,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--config", metavar="FILE", help="recipe: .toml, .json or .yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output, with its own recipe")
     parser.add_argument("--init", metavar="MODEL", help="model file to start from (fine-tuning)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any option of the recipe, such as model.num_modules=2 or data.block_size=100, or of a trainer of the "
+        "family's own, such as sigma=10,20,30 and n_train=200 for gdml; may be repeated",
+    )
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch-size", type=int, help="structures per step")
     parser.add_argument("--learning-rate", type=float, help="at the start")
@@ -42,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from openmm_mlff.potentials.family import find_family
     from openmm_mlff.training.recipe import Recipe
     from openmm_mlff.training.run import CONFIG, MODEL, train
 
@@ -50,14 +59,18 @@ def run(args: argparse.Namespace) -> int:
     loop = overrides(args, "steps", "learning_rate")
     recipe: Recipe | None = None
     if args.resume and (Path(args.output) / CONFIG).exists():
-        if args.config is not None or given or loop or args.init is not None or args.name is not None:
+        if args.config is not None or given or loop or args.init or args.name or args.set:
             raise ValueError("--resume: the run has its own recipe; leave out --config, --init and what overrides them")
     else:
         content: dict[str, Any] = Recipe.read(args.config).to_dict() if args.config else Recipe().to_dict()
         content |= given
         content["loop"] = content["loop"] | loop | ({"seed": args.seed} if args.seed is not None else {})
+        set_options(content, args.set)
         recipe = Recipe.from_dict(content)
     card = {"name": args.name} if args.name else {}
+    family = recipe.family if recipe else _resumed_family(Path(args.output))
+    if find_family(family).trainer is not None:
+        return _run_directly(args, recipe, card, loop)
     state = train(
         recipe, args.data, args.output, args.resume, args.init, args.device, progress=not args.quiet, card=card
     )
@@ -65,14 +78,51 @@ def run(args: argparse.Namespace) -> int:
     if state.step < recipe.loop.steps and not _stopped_early(state, recipe):
         console.print(f"stopped after step {state.step} of {recipe.loop.steps}; --resume goes on")
         return 130
-    model = Path(args.output) / MODEL
+    _show_errors(Path(args.output))
+    console.print(f"best step {state.best['step']}; model written to {Path(args.output) / MODEL}")
+    return 0
+
+
+def _run_directly(args: argparse.Namespace, recipe: Any, card: dict[str, Any], loop: dict[str, Any]) -> int:
+    """For families that are fitted by solving equations."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from openmm_mlff.training.direct import train_directly
+    from openmm_mlff.training.run import MODEL
+
+    given = {"--steps": "steps" in loop, "--learning-rate": "learning_rate" in loop, "--init": args.init is not None}
+    given |= {"--batch-size": args.batch_size is not None, "--compile": args.compile is not None}
+    for option, was_given in given.items():
+        if was_given:
+            raise ValueError(f"{option}: this family is fitted by solving equations and has no such option")
+    report = train_directly(recipe, args.data, args.output, args.resume, not args.quiet, card)
+    console = Console(stderr=True)
+    for line in report.get("notes", []):
+        console.print(line, highlight=False)
+    _show_errors(Path(args.output))
+    chosen = ", ".join(f"{name} {value:g}" for name, value in report["chosen"].items())
+    console.print(f"chosen: {chosen}; model written to {Path(args.output) / MODEL}")
+    return 0
+
+
+def _show_errors(output: Any) -> None:
+    import json
+
     for split in ("test", "valid"):
-        report = Path(args.output) / f"{split}_errors.json"
+        report = output / f"{split}_errors.json"
         if report.exists():
             show_table(json.loads(report.read_text(encoding="utf-8")), f"{split} split")
-            break
-    console.print(f"best step {state.best['step']}; model written to {model}")
-    return 0
+            return
+
+
+def _resumed_family(output: Any) -> str:
+    import json
+
+    from openmm_mlff.training.run import CONFIG
+
+    return str(json.loads((output / CONFIG).read_text(encoding="utf-8"))["recipe"]["family"])
 
 
 def _stopped_early(state: Any, recipe: Any) -> bool:

@@ -43,6 +43,21 @@ class BundledModel:
 
 
 @dataclass(frozen=True)
+class Trainer:
+    """How a family is trained whose models come from solving equations, not from steps of an optimiser.
+
+    Attributes:
+        options: frozen dataclass of plain settings, with defaults.
+        fit: ``fit(options, train, valid, folder, seed, progress) -> (model, report)`` from lists of `Structure`; keeps
+            in `folder` what a second call goes on with. ``report["chosen"]`` (numbers by name) goes into the model's
+            card, ``report["notes"]`` are lines for the user.
+    """
+
+    options: type
+    fit: Callable[..., tuple[Potential, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family, as its plugin registers it.
 
@@ -50,6 +65,7 @@ class Family:
         name: what users type with ``modelPath``. aliases: other names for the same.
         model: the `Potential` class, built as ``model(config)``. config: its frozen dataclass.
         recognises, read: whether a file can be one published by others, and its reader (file -> model).
+        trainer: how models are fitted; None trains by force matching with an optimiser.
         bundled, published: the models that the plugin carries, and those it knows where to fetch.
     """
 
@@ -59,6 +75,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     recognises: Callable[[Path], bool] = lambda path: False
     read: Callable[[Path], Potential] | None = None
+    trainer: Trainer | None = None
     bundled: tuple[BundledModel, ...] = ()
     published: tuple[PublishedModel, ...] = ()
 

@@ -20,9 +20,12 @@ A recipe holds everything that decides a training but the data::
     [final_loss]              # ... and, optionally, at the end
     energy = 5.0
 
+    [trainer]                 # instead of the four above, for families that are fitted by solving equations (gdml):
+    sigma = [10, 20, 30]      # the options of the family's trainer
+
     [data]                    # for datasets without a recorded split
     fractions = { train = 0.8, valid = 0.1, test = 0.1 }
-    block_size = 100          # consecutive structures without a group become groups of this size
+    block_size = 100          # consecutive structures without a group, or of a file's only one, become groups
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ class DataOptions:
 
     Attributes:
         fractions: share of the structures by split; whole groups go to one split.
-        block_size: consecutive structures without a group that count as one group; None refuses such structures,
-            because neighbouring frames of a trajectory in two splits would make errors look small.
+        block_size: consecutive structures that count as one group, where a file names no groups or a single one; None
+            refuses structures without a group, because neighbouring frames in two splits would make errors look small.
         intact_only: leave out structures whose ``info`` says that their bonds are not intact.
     """
 
@@ -76,6 +79,7 @@ class Recipe:
 
     Attributes:
         family: a registered family. model: fields of its config.
+        trainer: options of the trainer of families that have one of their own.
         loss, final_loss: weights at the start and at the end; a recipe with [loss] alone keeps those weights.
         seed: of initial parameters, data order and splits. threads: of torch; None leaves them as they are.
         compile: see `training.compiled_loss`. processes: that share each batch, see `training.parallel`.
@@ -86,6 +90,7 @@ class Recipe:
     loop: LoopOptions = field(default_factory=LoopOptions)
     loss: LossWeights = field(default_factory=lambda: LossWeights(energy=0.01))
     final_loss: LossWeights | None = field(default_factory=lambda: LossWeights(energy=5.0))
+    trainer: Mapping[str, Any] = field(default_factory=dict)
     data: DataOptions = field(default_factory=DataOptions)
     batch_size: int = 8
     seed: int = 0
@@ -101,10 +106,10 @@ class Recipe:
             values.setdefault("final_loss", None)
         for name, section in _SECTIONS.items():
             if values.get(name) is not None:
-                values[name] = _build(section, values[name], name)
+                values[name] = options_from(section, values[name], name)
         if "seed" in values and "seed" not in dict(content.get("loop") or {}):
             values["loop"] = dataclasses.replace(values.get("loop", LoopOptions()), seed=values["seed"])
-        return _build(cls, values, "recipe")
+        return options_from(cls, values, "recipe")
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -135,7 +140,8 @@ class Recipe:
 _SECTIONS: dict[str, type] = {"loop": LoopOptions, "loss": LossWeights, "final_loss": LossWeights, "data": DataOptions}
 
 
-def _build(kind: type[T], values: Any, where: str) -> T:
+def options_from(kind: type[T], values: Any, where: str) -> T:
+    """A dataclass of plain options from a table; `ValueError` naming an unknown key or a value of the wrong kind."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a table, got {values!r}")
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -155,7 +161,7 @@ def _fits(value: Any, wanted: str) -> bool:
     if value is None:
         return "None" in names
     simple = [kinds[name] for name in names if name in kinds]
-    if not simple:
+    if any(name not in kinds and name != "None" for name in names):
         return True
     if isinstance(value, bool):
         return "bool" in names
@@ -251,14 +257,20 @@ def _meant_for(structures: list[Structure], split: str, path: Path) -> list[Stru
 
 
 def _with_groups(structures: list[Structure], block_size: int | None, stem: str) -> list[Structure]:
-    if all(s.group for s in structures):
+    groups = {s.group for s in structures}
+    if "" not in groups and (len(groups) > 1 or block_size is None):
         return structures
     if block_size is None:
         raise ValueError(
             f"data: {stem} has structures without a group, and frames of one trajectory must not be in two splits; "
             "give them groups, or set data.block_size to make groups of consecutive structures"
         )
-    return [s if s.group else s.replace(group=f"{stem}/{i // block_size}") for i, s in enumerate(structures)]
+    # one long trajectory can be dealt out only in pieces
+    divided = {""} | (groups if len(groups) == 1 else set())
+    return [
+        s.replace(group=f"{s.group or stem}/{i // block_size}") if s.group in divided else s
+        for i, s in enumerate(structures)
+    ]
 
 
 def _deal(rest: list[Structure], splits: dict[str, list[Structure]], options: DataOptions, seed: int) -> None:

@@ -59,7 +59,7 @@ def train(
     """
     output = Path(output)
     resume = resume and (output / CONFIG).exists()
-    recipe, config, loaded = _prepare(recipe, data, output, resume, start, card)
+    recipe, config, loaded = prepare(recipe, data, output, resume, start, card)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
@@ -88,7 +88,7 @@ def train(
     return state
 
 
-def _prepare(
+def prepare(
     recipe: Recipe | None,
     data: Sequence[str | Path],
     output: Path,

@@ -7,10 +7,21 @@ Nat. Commun. 13, 3733 (2022). Units: angstrom, eV; descriptors in 1/angstrom; fl
 
 from __future__ import annotations
 
+from typing import Any
+
 from openmm_gdml import published
 from openmm_gdml.config import GDMLConfig
 from openmm_gdml.model import GDMLPotential
-from openmm_mlff.potentials.family import Family
+from openmm_gdml.options import GDMLOptions
+from openmm_mlff.potentials.family import Family, Trainer
+
+
+def _fit(*arguments: Any) -> Any:
+    # the trainer is loaded when it is needed
+    from openmm_gdml.trainer import fit
+
+    return fit(*arguments)
+
 
 family = Family(
     name="gdml",
@@ -19,6 +30,7 @@ family = Family(
     aliases=("sgdml",),
     recognises=published.recognises,
     read=published.read,
+    trainer=Trainer(GDMLOptions, _fit),
 )
 
-__all__ = ["GDMLConfig", "GDMLPotential", "family"]
+__all__ = ["GDMLConfig", "GDMLOptions", "GDMLPotential", "family"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def _free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 4 * 10**9
+
+
+@contextmanager
+def progress_bar(title: str, shown: bool = True) -> Iterator[Progress | None]:
+    """A `Progress` that draws a bar of steps, or the residual where their number is unknown; None if not shown."""
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(title, total=None, state="")
+
+        def show(step: int, steps: int, residual: float) -> None:
+            state = f"{step} of {steps}" if steps else f"iteration {step}"
+            state += f", residual {residual:.1e}" if residual == residual else ""
+            bars.update(task, completed=step, total=steps or None, state=state)
+
+        yield show
 
 
 def cholesky_memory(operator: Operator) -> int:
