@@ -261,8 +261,7 @@ class _Fit:
             equations = self._accumulate(points, chosen, sigma)
             solve = equations.solver()
             for lam in self.settings._grid("lam"):
-                a = torch.from_numpy(solve(lam))
-                model = self._model([points], [a], sigma, lam)
+                model = self._model([points], [solve(lam)], sigma, lam)
                 best = self._better(best, model, layer="reduced_rank", sigma=sigma, lam=lam)
         assert best is not None
         return best[1]

@@ -30,10 +30,10 @@ from openmm_gdml.descriptors import INVERSE_DISTANCES, descriptor, pair_gradient
 from openmm_gdml.operators import matern_factors
 from openmm_mlff.data.shards import write_bytes
 
-FORMAT = "openmm-gdml-normal-equations-1"
+FORMAT = "openmm-gdml-normal-equations-2"
 METADATA_KEY = "openmm-mlff"
-#: eigenvalues of K_mm below this fraction of the largest are rounding
-RANK_CUT = 1e-13
+#: of the largest diagonal element, added to K_mm, which is singular for equal regressors; ten times more if need be
+JITTER = 1e-14
 
 
 @dataclass(frozen=True)
@@ -136,52 +136,49 @@ def kernel_matrix(a: Internal, b: Internal, sigma: float, out: Tensor | None = N
 class NormalEquations:
     """Sums over frames of the subset-of-regressors problem for one sigma; can be stopped, stored and taken up again.
 
+    With K_mm = L L^T the columns of K_nm L^-T are functions of unit norm, and what is left is ridge regression in them.
+    The sums are taken of these columns: K_nm itself has a condition number of 1e5 and more, and its square would leave
+    nothing of a small lambda.
+
     Attributes:
-        points: the regressors. gram: K_nm^T W K_nm. moment: K_nm^T W y. square: y^T W y. frames: how many were added.
+        points: the regressors. gram: of the columns, weighted. moment: of the columns with the labels. frames: how many
+            were added.
     """
 
     def __init__(self, points: Internal, sigma: float) -> None:
         n = len(points) * points.rank
         self.points, self.sigma = points, sigma
-        self.gram, self.moment = np.zeros((n, n)), np.zeros(n)
-        self.square, self.frames = 0.0, 0
+        self.gram, self.moment, self.frames = np.zeros((n, n)), np.zeros(n), 0
+        self._factor = _factor(kernel_matrix(points, points, sigma))
 
     def add(self, frames: Internal, forces: Tensor, weights: Tensor | None = None) -> None:
         """Add frames with forces ``(n, N, 3)`` and weights ``(n,)``."""
         k, y = kernel_matrix(frames, self.points, self.sigma), frames.project(forces).flatten()
+        columns = torch.linalg.solve_triangular(self._factor.T, k, upper=True, left=False)
         if weights is not None:
             root = weights.sqrt().repeat_interleave(frames.rank)
-            k, y = k * root[:, None], y * root
-        rows, labels = k.numpy(), y.numpy()
+            columns, y = columns * root[:, None], y * root
+        rows, labels = columns.contiguous().numpy(), y.numpy()
         # numpy recognises the product of a matrix with its own transpose and computes one triangle of it
         self.gram += rows.T @ rows
         self.moment += rows.T @ labels
-        self.square += float(labels @ labels)
         self.frames += len(frames)
 
-    def solver(self) -> Callable[[float], np.ndarray]:
-        """Decompose once; the result gives the coefficients ``(m r,)`` for any lambda > 0.
+    def solver(self) -> Callable[[float], Tensor]:
+        """Decompose once; the result gives the coefficients ``(m r,)`` for any lambda > 0."""
+        spectrum, rotation = np.linalg.eigh(self.gram)
+        spectrum, moment = np.maximum(spectrum, 0.0), rotation.T @ self.moment
 
-        In the basis that makes K_mm the unit matrix the problem is ridge regression; directions of K_mm that are
-        rounding only are left out.
-        """
-        values, vectors = np.linalg.eigh(kernel_matrix(self.points, self.points, self.sigma).numpy())
-        kept = values > RANK_CUT * values[-1]
-        whitening = vectors[:, kept] / np.sqrt(values[kept])
-        spectrum, rotation = np.linalg.eigh(whitening.T @ self.gram @ whitening)
-        spectrum = np.maximum(spectrum, 0.0)
-        basis = whitening @ rotation
-        moment = basis.T @ self.moment
-        return lambda lam: basis @ (moment / (spectrum + lam))
+        def solve(lam: float) -> Tensor:
+            b = torch.from_numpy(rotation @ (moment / (spectrum + lam)))
+            return torch.linalg.solve_triangular(self._factor.T, b[:, None], upper=True)[:, 0]
 
-    def residual(self, a: np.ndarray) -> float:
-        """Sum of squares of what is left of the internal forces after prediction with coefficients ``a (m r,)``."""
-        return float(self.square - 2.0 * (a @ self.moment) + a @ self.gram @ a)
+        return solve
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Store the sums; `fingerprint` says of which data and settings."""
         tensors = {"gram": self.gram, "moment": self.moment}
-        header = {"format": FORMAT, "fingerprint": fingerprint, "square": self.square, "frames": self.frames}
+        header = {"format": FORMAT, "fingerprint": fingerprint, "frames": self.frames}
         write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
 
     def load(self, path: Path, fingerprint: str) -> bool:
@@ -193,8 +190,19 @@ class NormalEquations:
             if header.get("format") != FORMAT or header["fingerprint"] != fingerprint:
                 raise ValueError(f"folder: {path.name} belongs to other frames or settings; choose another folder")
             self.gram, self.moment = file.get_tensor("gram"), file.get_tensor("moment")
-        self.square, self.frames = float(header["square"]), int(header["frames"])
+        self.frames = int(header["frames"])
         return True
+
+
+def _factor(k: Tensor) -> Tensor:
+    """Lower Cholesky factor of K_mm with the least jitter that it takes."""
+    jitter = JITTER * float(k.diagonal().max())
+    while True:
+        k.diagonal().add_(jitter)
+        factor, info = torch.linalg.cholesky_ex(k)
+        if int(info) == 0:
+            return factor
+        jitter *= 10.0
 
 
 def batch_size(points: int, rank: int, memory: int) -> int:
@@ -202,9 +210,9 @@ def batch_size(points: int, rank: int, memory: int) -> int:
 
     Raises `ValueError` saying how much is needed.
     """
-    # the sums, one product, and what the solver decomposes
+    # the sums, one product, the factor, and what the solver decomposes
     fixed = 8 * 6 * (points * rank) ** 2
-    per_frame = 8 * (2 * rank * points * rank + 60 * points)
+    per_frame = 8 * (3 * rank * points * rank + 60 * points)
     if fixed + per_frame > memory:
         raise ValueError(
             f"memory: expected at least {(fixed + per_frame) / 1e9:.3g} GB for {points} regressors, got "

@@ -82,6 +82,28 @@ def test_all_frames_as_regressors_are_the_full_regression(method: str, permutati
         )
 
 
+def test_a_wide_kernel_and_a_small_lambda_leave_digits() -> None:
+    """Against least squares by orthogonal factors; the condition number is 1e9, and its square would leave no digit."""
+    sigma, lam, m = 15.0, 1e-9, 60
+    positions, mean, _ = toy(400, seed=12)
+    test = toy(100, seed=13)[0]
+    scale = mean.std()
+    estimator = CoarseGrainedGDML(sigma=sigma, lam=lam, n_inducing=m)
+    model = estimator.fit(positions, mean)
+    random = np.random.default_rng(estimator.seed)
+    points = positions[np.sort(stratified(np.zeros(400), m, random))]
+    values, vectors = np.linalg.eigh(force_blocks(points, points, sigma).numpy().reshape(12 * m, -1))
+    kept = values > 1e-14 * values[-1]
+    basis = vectors[:, kept] / np.sqrt(values[kept])
+    columns = force_blocks(positions, points, sigma).numpy().reshape(-1, 12 * m) @ basis
+    stacked = np.concatenate([columns, np.sqrt(lam) * np.eye(columns.shape[1])])
+    labels = np.concatenate([mean.ravel() / scale, np.zeros(columns.shape[1])])
+    b = np.linalg.lstsq(stacked, labels, rcond=None)[0]
+    expected = scale * (force_blocks(test, points, sigma).numpy().reshape(-1, 12 * m) @ basis @ b).reshape(test.shape)
+    error = np.sqrt(np.mean((predict(model, test) - expected) ** 2))
+    assert error < 1e-3 * np.sqrt(np.mean(expected**2))
+
+
 def test_averaging_finds_the_mean_force_in_the_noise() -> None:
     """Noise stronger than the forces: averaging comes near the exact mean force, a single model does not."""
     positions, mean, forces = toy(6000, seed=3, noise=0.4)
