@@ -56,3 +56,17 @@ def test_a_missing_model_is_explained(repository: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "openmm-mlff models fetch spookynet-published" in done.stderr
     done = run(repository, "02_charge_and_spin.py", "--model", tmp_path / "none.pth")
     assert done.returncode == 1 and "There is no file at" in done.stderr
+
+
+def test_coarse_grained_gdml(repository: Path, tmp_path: Path) -> None:
+    small = ("--metadynamics", 60, "--trajectories", 2, "--duration", 60, "--inducing", 30, "--runs", 4)
+    done = run(repository, "03_coarse_grained_gdml.py", *small, "--picoseconds", 3, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    errors = re.search(r"([\d.]+) eV²/Å² by priors alone, ([\d.]+) with the model", done.stdout)
+    assert errors is not None and float(errors[2]) < float(errors[1])
+    handedness = re.search(r"chiral volume at CA: (-?[\d.]+)", done.stdout)
+    assert handedness is not None and float(handedness[1]) > 0.3
+    beads = mdtraj.load(str(tmp_path / "beads.dcd"), top=str(tmp_path / "beads.pdb"))
+    assert beads.n_frames == 12 and [a.name for a in beads.topology.atoms] == ["C", "N", "CA", "CB", "C", "N"]
+    # the peptide bonds stay near 1.34 angstrom
+    assert abs(mdtraj.compute_distances(beads, [[0, 1], [4, 5]]).mean() - 0.134) < 0.01
