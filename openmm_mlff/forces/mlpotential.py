@@ -166,8 +166,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
         else:
             _warn_unknown({k: v for k, v in rest.items() if k not in EMBEDDING_OPTIONS})
         chosen = _atom_list(topology, atoms)
-        numbers = _atomic_numbers(topology, chosen)
         model = load_model(self._sha256, self.family.name, self._path, device="cpu")
+        numbers = _atomic_numbers(topology, chosen, model)
         model.check_electrons(numbers, charge, multiplicity)
         # openmm-ml hands over an empty system when it interpolates, so the topology is asked first
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
@@ -200,8 +200,13 @@ class MLFFPotentialImpl(MLPotentialImpl):
         if spec.region == "periodic":
             box = topology.getPeriodicBoxVectors()
             cell = np.eye(3) if box is None else np.array(box.value_in_unit(unit.angstrom))
+        indices = list(range(len(spec.numbers))) if spec.atoms is None else list(spec.atoms)
+        place = {index: k for k, index in enumerate(indices)}
+        pairs = [(place.get(b.atom1.index), place.get(b.atom2.index)) for b in topology.bonds()]
+        # for families that know their atoms by place; the positions are not known yet
+        info = {"topology_indices": indices, "topology_bonds": [p for p in pairs if None not in p]}
         zeros = np.zeros((len(spec.numbers), 3))
-        model.check(Structure(np.array(spec.numbers), zeros, spec.charge, spec.multiplicity, cell))
+        model.check(Structure(np.array(spec.numbers), zeros, spec.charge, spec.multiplicity, cell, info=info))
         if cell is not None and model.long_range and spec.long_range_cutoff is None:
             raise ValueError(
                 f"longRangeCutoff: a periodic system needs one, because {self.name} has 1/r interactions that must go "
@@ -275,12 +280,22 @@ def _atom_list(topology: openmm.app.Topology, atoms: Iterable[int] | None) -> li
     return chosen
 
 
-def _atomic_numbers(topology: openmm.app.Topology, chosen: list[int]) -> list[int]:
-    elements = [atom.element for atom in topology.atoms()]
-    for i in chosen:
-        if elements[i] is None:
+def _atomic_numbers(topology: openmm.app.Topology, chosen: list[int], model: Potential) -> list[int]:
+    """Atomic numbers by element; of a coarse-grained model's beads by their names."""
+    every = list(topology.atoms())
+    atoms = [every[i] for i in chosen]
+    names = tuple(atom.name for atom in atoms)
+    if model.beads is not None and names == model.beads:
+        return list(model.bead_numbers)
+    for i, atom in zip(chosen, atoms, strict=True):
+        if atom.element is None:
+            if model.beads is not None:
+                raise ValueError(
+                    f"beads: expected {' '.join(model.beads)} in this order, got {' '.join(names)} (atom {i} has no "
+                    "element, so that only its name could tell what it is)"
+                )
             raise ValueError(f"elements: expected an element for every ML atom, got none for atom {i}")
-    return [elements[i].atomic_number for i in chosen]
+    return [atom.element.atomic_number for atom in atoms]
 
 
 def _check_precision(precision: Any) -> str | None:

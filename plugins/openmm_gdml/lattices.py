@@ -93,6 +93,17 @@ def wrappings(lattice: np.ndarray, cell: np.ndarray, tolerance: float = TOLERANC
     return sorted(unique.values(), key=lambda rows: _misfit(rows, lattice))
 
 
+def fitted(lattice: np.ndarray, cell: np.ndarray) -> list[np.ndarray]:
+    """`wrappings`; raises `ValueError` with lengths and angles if the box has another lattice."""
+    found = wrappings(lattice, cell)
+    if not found:
+        raise ValueError(
+            f"cell: this model was trained for the lattice with {describe(lattice)}, and describes no other; got the "
+            f"lattice with {describe(cell)}"
+        )
+    return found
+
+
 def _misfit(a: np.ndarray, b: np.ndarray) -> float:
     # in steps, so that equally bad ones keep their order on every machine
     return round(float(np.abs(a - b).max()), 6)

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from openmm_gdml import descriptor_library as _library  # noqa: F401  (registers its descriptors)
 from openmm_gdml import hessians, images, kernel, lattices
-from openmm_gdml.atom_order import wrong_atoms
+from openmm_gdml.atom_order import (
+    Bonds,
+    as_bonds,
+    bonds_from_distances,
+    bonds_from_positions,
+    check_order,
+    check_permutations,
+)
 from openmm_gdml.config import GDMLConfig
 from openmm_gdml.descriptors import (
     INVERSE_DISTANCES,
@@ -82,6 +89,7 @@ class GDMLPotential(Potential):
         self.supports_charge, self.charges = c.charge != 0, None if c.charge is None else (c.charge,)
         self.supports_multiplicity = c.multiplicity != 1
         self.multiplicities = None if c.multiplicity is None else (c.multiplicity,)
+        self.beads, self.bead_numbers = c.beads, c.numbers if c.beads else ()
         n, m = len(c.numbers), c.n_train
         size = descriptor_size(c.descriptor, n, c.descriptor_options)
         self._descriptor = descriptor(c.descriptor, c.descriptor_options)
@@ -102,6 +110,7 @@ class GDMLPotential(Potential):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("permutations", torch.arange(n).repeat(c.n_permutations, 1))
         self._prepared: Prepared | None = None
+        self._bonds: tuple[Bonds, Bonds] | None = None
         self._wrappings: dict[bytes, list[np.ndarray]] = {}
         self.register_load_state_dict_post_hook(GDMLPotential._forget)
 
@@ -136,7 +145,7 @@ class GDMLPotential(Potential):
         tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in given.items()}
         perms = torch.arange(n)[None] if permutations is None else torch.as_tensor(np.asarray(permutations))
         tensors["permutations"] = perms.to(torch.int64)
-        _check_permutations(tensors["permutations"].numpy(), np.asarray(numbers))
+        check_permutations(tensors["permutations"].numpy(), np.asarray(numbers))
         if tensors["descriptors"].dim() != 2:
             raise ValueError(f"descriptors: expected shape (M, D), got {tuple(tensors['descriptors'].shape)}")
         config = GDMLConfig(
@@ -172,7 +181,7 @@ class GDMLPotential(Potential):
 
     @staticmethod
     def _forget(module: Any, incompatible: Any) -> None:
-        module._prepared = None
+        module._prepared = module._bonds = None
         module._wrappings = {}
 
     @property
@@ -204,11 +213,19 @@ class GDMLPotential(Potential):
                 raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
     def check(self, structure: Structure) -> None:
-        """Refuse a structure with other atoms, another order of atoms or another lattice (`ValueError`)."""
+        """Refuse a structure with other atoms, another order of atoms or another lattice (`ValueError`).
+
+        ``structure.info`` may hold ``topology_bonds``, pairs of atoms, which tell atoms of one element apart, and
+        ``topology_indices``, what the user calls the atoms; messages then offer the right order.
+        """
+        if structure.cell is not None and not self.config.periodic:
+            raise ValueError(
+                "cell: this model describes an open molecule, expected no box, got periodic box vectors; for an "
+                "isolated molecule remove the box with topology.setPeriodicBoxVectors(None), for one among others use "
+                "createMixedSystem"
+            )
         super().check(structure)
-        expected, numbers = np.array(self.config.numbers), structure.numbers
-        if not np.array_equal(expected, numbers):
-            raise ValueError(wrong_atoms(expected, numbers))
+        self._check_order(structure)
         if structure.cell is None and self.config.periodic:
             raise ValueError(
                 "cell: this model was trained in a periodic lattice ("
@@ -218,6 +235,32 @@ class GDMLPotential(Potential):
         if structure.cell is not None:
             self.wrappings(structure.cell)
 
+    def _check_order(self, structure: Structure) -> None:
+        expected, numbers = np.array(self.config.numbers), structure.numbers
+        same = np.array_equal(expected, numbers)
+        bonds = as_bonds(structure.info.get("topology_bonds", ()))
+        # a bond that some training geometry has is right, even if most have not (a proton that moves)
+        if same and bonds <= self.bonds[1]:
+            return
+        if not bonds and structure.cell is None:
+            bonds = bonds_from_positions(numbers, structure.positions)
+        check_order(expected, self.bonds[0], numbers, bonds, structure.info.get("topology_indices"))
+
+    @property
+    def bonds(self) -> tuple[Bonds, Bonds]:
+        """Bonds of the mean training geometry, and those that any of them has; none for crystals and beads."""
+        if self._bonds is None:
+            c, self._bonds = self.config, (frozenset(), frozenset())
+            if c.descriptor == INVERSE_DISTANCES and not c.periodic and c.beads is None:
+                x = self.descriptors.clamp(min=1e-9)
+                nearest = x.max(0).values[self.prepared.pair_permutations].max(0).values
+                mean, some = (
+                    bonds_from_distances(np.array(c.numbers), 1.0 / values.cpu().numpy())
+                    for values in (x.mean(0), nearest)
+                )
+                self._bonds = mean, some
+        return self._bonds
+
     @property
     def lattice_rows(self) -> np.ndarray:
         """The training lattice as numpy rows; `ValueError` for an open model."""
@@ -226,22 +269,12 @@ class GDMLPotential(Potential):
         return self.get_buffer("lattice").cpu().numpy()
 
     def wrappings(self, cell: np.ndarray) -> list[np.ndarray]:
-        """The training lattice expressed by the vectors of a box (see `lattices.wrappings`), ``(3, 3)`` angstrom each.
-
-        Raises `ValueError` if the box has another lattice.
-        """
+        """The training lattice by the vectors of a box, see `lattices.wrappings`; `ValueError` for another lattice."""
         key = np.ascontiguousarray(cell, dtype=np.float64).tobytes()
         if key not in self._wrappings:
-            found = lattices.wrappings(self.lattice_rows, np.asarray(cell, dtype=np.float64))
-            if not found:
-                raise ValueError(
-                    "cell: this model was trained for the lattice with "
-                    f"{lattices.describe(self.lattice_rows)}, and describes no other; got the lattice with "
-                    f"{lattices.describe(np.asarray(cell))}"
-                )
             if len(self._wrappings) > 16:
                 self._wrappings.clear()
-            self._wrappings[key] = found
+            self._wrappings[key] = lattices.fitted(self.lattice_rows, np.asarray(cell, dtype=np.float64))
         return self._wrappings[key]
 
     def lattice_for(self, positions: np.ndarray | Tensor, cell: np.ndarray | Tensor) -> np.ndarray:
@@ -253,12 +286,11 @@ class GDMLPotential(Potential):
         found = self.wrappings(cell if isinstance(cell, np.ndarray) else cell.detach().cpu().double().numpy())
         if len(found) == 1:
             return found[0]
-        r = torch.as_tensor(positions, dtype=torch.float64).detach().cpu()
-        known = self.descriptors.cpu()
+        r = torch.as_tensor(positions, dtype=torch.float64, device=self.device).detach()[None]
         distances = []
         for rows in found:
-            x = self._descriptor(r, lattice=torch.from_numpy(rows))
-            distances.append(float((x - known).square().sum(1).min()))
+            squares, _ = self._products(self._permuted(r, torch.from_numpy(rows).to(r.device)))
+            distances.append(float(squares.min()))
         best = int(np.argmin(distances))
         return found[0] if distances[0] <= 1.0001 * distances[best] + 1e-12 else found[best]
 
@@ -439,17 +471,3 @@ class GDMLPotential(Potential):
             more, more_f = hessians.product_forces(self, x)
             terms, f = terms + more, f + more_f
         return terms.sum(-1) + self.shift, f
-
-
-# -- messages ----------------------------------------------------------------------------------------------------
-
-
-def _check_permutations(permutations: np.ndarray, numbers: np.ndarray) -> None:
-    n = len(numbers)
-    if permutations.ndim != 2 or permutations.shape[1] != n or not len(permutations):
-        raise ValueError(f"permutations: expected shape (S, {n}), got {permutations.shape}")
-    if not np.array_equal(np.sort(permutations, axis=1), np.tile(np.arange(n), (len(permutations), 1))):
-        raise ValueError(f"permutations: expected every row to hold each of 0 to {n - 1} once")
-    wrong = (numbers[permutations] != numbers).any(axis=1)
-    if wrong.any():
-        raise ValueError(f"permutations: row {int(wrong.argmax())} exchanges different elements")

@@ -25,9 +25,9 @@ FLAGS = (
 )
 #: alignment of vectors in bytes
 ALIGNMENT = 64
-#: work (units of pairs and variants times training points) below which a second thread costs more than it gains
 #: additions that put one variant together for one permutation cost about this many sums of one pair
 COST_OF_ADDITION = 2
+#: work (units of pairs and variants times training points) below which a second thread costs more than it gains
 WORK_PER_THREAD = 2_000_000
 
 
