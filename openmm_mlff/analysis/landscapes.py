@@ -287,7 +287,7 @@ def decorrelation_time(runs: Sequence[np.ndarray], interval: float) -> float:
         correlation += np.fft.ifft(spectrum).real[:longest]
         pairs += n - np.arange(longest)
     correlation /= pairs
-    if correlation[0] <= 0:
+    if correlation[0] < 1e-20:  # unit vectors that differ by rounding only
         return interval
     correlation /= correlation[0]
     below = np.flatnonzero(correlation <= 0)
