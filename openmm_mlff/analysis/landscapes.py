@@ -186,8 +186,9 @@ def compare(
 ) -> Comparison:
     """`difference` of two sets of blocks, with intervals from resampling blocks of both.
 
-    Resampling adds noise of the size that the data have, and squared differences grow with noise: the intervals lie
-    above the value where noise dominates, so the floor of `split_half` belongs beside them.
+    Resampling adds as much noise as the data have, and squared differences grow with noise; the intervals are moved
+    down by this mean excess, so that they lie about the value. The noise in the value itself stays: the floor of
+    `split_half` belongs beside it.
     """
     a, b = _Cells(simulated, bins), _Cells(reference, bins)
     value = difference(a.histogram(), b.histogram(), least_counts)
@@ -198,7 +199,12 @@ def compare(
         d = difference(*drawn, least_counts)
         for name, values in found.items():
             values.append(getattr(d, name))
-    return Comparison(value, {name: _interval(values) for name, values in found.items()})
+    intervals = {}
+    for name, values in found.items():
+        excess = max(0.0, float(np.mean(values)) - getattr(value, name))
+        low, high = _interval(values)
+        intervals[name] = (max(0.0, low - excess), high - excess)
+    return Comparison(value, intervals)
 
 
 def _resampled(rng: np.random.Generator, n: int) -> np.ndarray:

@@ -94,17 +94,21 @@ def test_compare_and_split_half_see_noise_as_noise_and_a_shift_as_a_shift() -> N
     p = np.exp(np.cos(phi))
     p /= p.sum()
     f = np.cos(phi - 0.5) - np.cos(phi)
-    assert bad.value.mse_weighted == pytest.approx(p @ (f - p @ f) ** 2, rel=0.1)
-    assert bad.intervals["js"][0] < bad.value.js * 1.05 and bad.intervals["js"][1] > bad.value.js
+    noise = good.value.mse_weighted
+    for found in (good, bad):
+        for name, (low, high) in found.intervals.items():
+            assert low < getattr(found.value, name) < high
+    assert bad.value.mse_weighted == pytest.approx(p @ (f - p @ f) ** 2 + noise, rel=0.1)
     with pytest.raises(ValueError, match="blocks: expected at least two, got 1"):
         split_half(reference[:1])
 
 
 def test_least_counts_hold_for_the_intervals_too() -> None:
     rng = np.random.default_rng(2)
-    blocks = [walk(rng, 2000) for _ in range(6)]
-    strict = compare(blocks, blocks, least_counts=60, resamples=40)
-    loose = compare(blocks, blocks, least_counts=1, resamples=40)
+    a, b = ([walk(rng, 2000) for _ in range(6)] for _ in range(2))
+    strict = compare(a, b, least_counts=60, resamples=40)
+    loose = compare(a, b, least_counts=1, resamples=40)
+    assert strict.value.bins < loose.value.bins
     assert strict.intervals["mse"][1] < loose.intervals["mse"][0]
 
 
@@ -166,3 +170,15 @@ def test_wrong_samples_are_named() -> None:
         Sample(np.zeros(2), np.zeros(2), np.zeros(2))
     with pytest.raises(ValueError, match="samples: expected at least one block"):
         histogram([])
+
+
+def test_intervals_cover_the_expected_difference() -> None:
+    # the expected value of the measure is known to first order (noise alone), so 95 % of intervals should hold it
+    rng = np.random.default_rng(5)
+    covered = 0
+    for k in range(40):
+        a, b = ([walk(rng, 4000) for _ in range(10)] for _ in range(2))
+        found = compare(a, b, bins=10, resamples=60, seed=k)
+        low, high = found.intervals["mse_weighted"]
+        covered += low <= 2 * found.value.bins / 40_000 <= high
+    assert covered >= 32
