@@ -181,6 +181,8 @@ def fit_priors(
 def _mean_and_stiffness(
     name: str, index: np.ndarray, values: np.ndarray, kT: float, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
+    if not len(index):
+        return np.zeros(0), np.zeros(0)
     mean = np.average(values, axis=0, weights=weights)
     variance = np.average((values - mean) ** 2, axis=0, weights=weights)
     stiff = np.flatnonzero(variance < 1e-12)

@@ -1,14 +1,14 @@
-"""Bead maps and force maps: exact mean forces, consistency with constraints, and what is refused."""
+"""Maps from atoms to beads against Gaussian systems, whose mean forces are known exactly."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import openmm
 import pytest
-from openmm import app, unit
+from openmm import app
 
 from openmm_mlff.data.coarse_graining import (
     BeadMap,
@@ -23,209 +23,232 @@ from openmm_mlff.data.coarse_graining import (
     slice_force_map,
 )
 
-KT = 0.02585
-SIX = (4, 6, 8, 10, 14, 16)
 
-
-@pytest.fixture(scope="module")
-def alanine(repository: Path) -> app.PDBFile:
-    return app.PDBFile(str(repository / "examples" / "recipes" / "capped_alanine.pdb"))
-
-
-@pytest.fixture(scope="module")
-def constraints(alanine: app.PDBFile) -> list[tuple[int, int]]:
-    field = app.ForceField("amber99sbildn.xml")
-    return constraints_of(field.createSystem(alanine.topology, constraints=app.HBonds))
-
-
-def chain(n: int) -> BeadMap:
-    """Beads 0 and 2 of a chain of n atoms as atoms, one residue."""
+def chain(elements: str = "CHCOH") -> app.Topology:
+    """Atoms in a row, each bonded to the next, in two residues."""
     topology = app.Topology()
-    residue = topology.addResidue("MOL", topology.addChain())
-    atoms = [topology.addAtom(f"C{i}", app.Element.getBySymbol("C"), residue) for i in range(n)]
-    for a, b in itertools.pairwise(atoms):
+    c = topology.addChain()
+    residues = [topology.addResidue("AAA", c), topology.addResidue("BBB", c)]
+    atoms = [topology.addAtom(f"{e}{i}", app.Element.getBySymbol(e), residues[i > 1]) for i, e in enumerate(elements)]
+    for a, b in pairwise(atoms):
         topology.addBond(a, b)
-    return BeadMap.slice(topology, [0, 2])
+    return topology
 
 
-def test_six_beads_of_alanine_are_named_and_bonded_as_in_the_molecule(alanine: app.PDBFile) -> None:
-    beads = BeadMap.slice(alanine.topology, SIX)
-    assert beads.names == ("C", "N", "CA", "CB", "C", "N")
-    assert beads.residues == (("ACE", 1), ("ALA", 2), ("ALA", 2), ("ALA", 2), ("ALA", 2), ("NME", 3))
-    assert beads.bonds == ((0, 1), (1, 2), (2, 3), (2, 4), (4, 5))
-    assert beads.numbers == (6, 7, 6, 6, 6, 7)
-    x = np.array(alanine.positions.value_in_unit(unit.angstrom))
-    assert np.array_equal(beads.positions(x), x[list(SIX)])
+def beads_of(weights: np.ndarray) -> BeadMap:
+    n = len(weights)
+    return BeadMap(tuple(f"B{i}" for i in range(n)), (("X", 1),) * n, weights, (0,) * n, np.ones(n))
 
 
-def test_bead_topology_gives_the_backbone_torsions_and_survives_a_pdb_file(
-    alanine: app.PDBFile, tmp_path: Path
-) -> None:
-    mdtraj = pytest.importorskip("mdtraj")
-    from openmm_mlff.analysis.observables import backbone_torsions, dihedral
-
-    beads = BeadMap.slice(alanine.topology, SIX)
-    topology = beads.topology()
-    assert backbone_torsions(topology) == {"phi": (0, 1, 2, 4), "psi": (1, 2, 4, 5)}
-    x = np.array(alanine.positions.value_in_unit(unit.angstrom))
-    with open(tmp_path / "beads.pdb", "w", encoding="utf-8") as file:
-        app.PDBFile.writeFile(topology, beads.positions(x) * unit.angstrom, file)
-    loaded = mdtraj.load(str(tmp_path / "beads.pdb"))
-    assert [a.name for a in loaded.topology.atoms] == list(beads.names)
-    whole = dihedral(x, [4, 6, 8, 14])
-    assert np.degrees(mdtraj.compute_dihedrals(loaded, [[0, 1, 2, 4]]))[0, 0] == pytest.approx(whole, abs=0.1)
-
-
-def test_centres_of_mass(alanine: app.PDBFile) -> None:
-    beads = BeadMap.centre_of_mass(alanine.topology, {"ACE": range(6), "MID": range(6, 16), "NH": [16, 17]})
-    x = np.array(alanine.positions.value_in_unit(unit.angstrom))
-    masses = np.array([a.element.mass.value_in_unit(unit.dalton) for a in alanine.topology.atoms()])
-    assert beads.positions(x)[1] == pytest.approx((masses[6:16] @ x[6:16]) / masses[6:16].sum(), abs=1e-12)
-    assert beads.masses[0] == pytest.approx(masses[:6].sum())
-    assert beads.bonds == ((0, 1), (1, 2)) and beads.numbers == (0, 0, 0)
-    assert all(atom.element is None for atom in beads.topology().atoms())
-
-
-def harmonic(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A random harmonic system about the origin: stiffness ``(n, n)``, and Boltzmann frames with their forces."""
+def gaussian(n_atoms: int, n_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames of exp(-x K x / 2) (kT = 1), their forces, and K."""
     rng = np.random.default_rng(seed)
-    a = rng.normal(size=(n, n))
-    stiffness = a @ a.T + np.eye(n)
-    x = rng.multivariate_normal(np.zeros(n), KT * np.linalg.inv(stiffness), size=(40_000, 3)).transpose(0, 2, 1)
-    return stiffness, x, -np.einsum("ab,fbx->fax", stiffness, x)
+    root = rng.normal(size=(n_atoms, n_atoms))
+    K = root @ root.T + 0.5 * np.eye(n_atoms)
+    x = np.einsum("ij,njk->nik", np.linalg.cholesky(np.linalg.inv(K)), rng.normal(size=(n_frames, n_atoms, 3)))
+    return x, -np.einsum("ij,njk->nik", K, x), K
 
 
-@pytest.mark.parametrize("kind", ["slice", "optimised"])
-def test_the_mean_force_of_a_harmonic_system_is_exact(kind: str) -> None:
-    # beads R = C x of a Gaussian x are Gaussian, with stiffness (C K^-1 C^T)^-1
-    beads = chain(5)
-    stiffness, x, f = harmonic(5, seed=1)
+def fitted(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """B of the least-squares fit y = B x over frames and directions."""
+    flat = [np.moveaxis(v, 1, 0).reshape(v.shape[1], -1) for v in (x, y)]
+    return np.linalg.lstsq(flat[0].T, flat[1].T, rcond=None)[0].T
+
+
+# -- beads ---------------------------------------------------------------------------------------------------------
+
+
+def test_slice_takes_atoms_with_their_names() -> None:
+    beads = BeadMap.slice(chain(), [3, 0, 2])
+    assert beads.names == ("O3", "C0", "C2") and beads.numbers == (8, 6, 6)
+    assert beads.residues == (("BBB", 2), ("AAA", 1), ("BBB", 2))
+    assert beads.bonds == ((0, 2),)
+    x = np.random.default_rng(0).normal(size=(4, 2, 5, 3))
+    assert np.array_equal(beads.positions(x), x[..., [3, 0, 2], :])
+
+
+def test_centres_of_mass_by_hand() -> None:
+    beads = BeadMap.centre_of_mass(chain(), {"P": [1, 0], "Q": [2], "R": [3, 4]})
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    carbon, hydrogen, oxygen = 12.01078, 1.007947, 15.99943
+    expected = (carbon * x[0] + hydrogen * x[1]) / (carbon + hydrogen)
+    np.testing.assert_allclose(beads.positions(x)[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(beads.masses, [carbon + hydrogen, carbon, oxygen + hydrogen], rtol=1e-5)
+    assert beads.numbers == (0, 6, 0) and beads.bonds == ((0, 1), (1, 2))
+    topology = beads.topology()
+    assert [a.name for a in topology.atoms()] == ["P", "Q", "R"]
+    assert [a.element is None for a in topology.atoms()] == [True, False, True]
+    assert [r.name for r in topology.residues()] == ["AAA", "BBB"] and topology.getNumBonds() == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": np.array([[1.0, 0.1], [0, 1]])}, r"weights: expected rows that sum to one, got 1.1 for bead 0"),
+        ({"weights": np.array([[1.0, 0], [1, 0]])}, "weights: expected independent beads"),
+        ({"weights": np.eye(3)}, "names: expected 3 values"),
+        ({"masses": np.array([1.0, 0.0])}, "masses: expected 2 positive masses"),
+        ({"bonds": ((0, 2),)}, r"bonds: expected pairs of beads from 0 to 1, got \(0, 2\)"),
+    ],
+)
+def test_impossible_beads(change: dict, message: str) -> None:
+    given = {
+        "names": ("A", "B"),
+        "residues": (("X", 1),) * 2,
+        "weights": np.eye(2),
+        "numbers": (6, 6),
+        "masses": np.ones(2),
+    }
+    with pytest.raises(ValueError, match=message):
+        BeadMap(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("atoms", "message"),
+    [
+        ([], "at least one"),
+        ([0, 5], "indices from 0 to 4, got 0 to 5"),
+        ([1, 1], "every atom in one bead at most, got 1"),
+    ],
+)
+def test_impossible_atoms(atoms: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BeadMap.slice(chain(), atoms)
+
+
+# -- forces --------------------------------------------------------------------------------------------------------
+
+
+def test_mean_force_of_a_gaussian_system() -> None:
+    """With x ~ exp(-x K x/2) and R = C x, the mean force is exactly -(C K^-1 C^T)^-1 R: every map must find it."""
+    x, f, K = gaussian(5, 100_000, seed=3)
+    C = np.array([[0.7, 0.3, 0, 0, 0], [0, 0, 1.0, 0, 0], [0, 0, 0, 0.25, 0.75]])
+    beads = beads_of(C)
+    exact = -np.linalg.inv(C @ np.linalg.inv(K) @ C.T)
     covariance = ForceCovariance(5)
     covariance.add(f)
-    made = slice_force_map(beads) if kind == "slice" else optimised_force_map(beads, covariance, 1e-12)
-    made.check(beads)
-    exact = np.linalg.inv(beads.weights @ np.linalg.inv(stiffness) @ beads.weights.T)
-    bead_x, bead_f = beads.positions(x), made.forces(f)
-    fitted = -np.linalg.lstsq(
-        bead_x.transpose(0, 2, 1).reshape(-1, 2), bead_f.transpose(0, 2, 1).reshape(-1, 2), rcond=None
-    )[0]
-    assert np.abs(fitted.T - exact).max() < 0.02 * np.abs(exact).max()
-    noise = bead_f + np.einsum("ab,fbx->fax", exact, bead_x)
-    if kind == "optimised":
-        # of a Gaussian system the best linear map leaves no noise: its force is the mean force itself
-        assert np.abs(noise).max() < 0.05 * np.abs(bead_f).max()
-    else:
-        assert np.mean(noise**2) > 0.1 * np.mean(bead_f**2)
+    R = beads.positions(x)
+    noise = {}
+    for force_map in (slice_force_map(beads), optimised_force_map(beads, covariance)):
+        np.testing.assert_allclose(force_map.weights @ C.T, np.eye(3), atol=1e-9)
+        F = force_map.forces(f)
+        found = fitted(R, F)
+        noise[force_map.kind] = float(((F - np.einsum("ij,njk->nik", exact, R)) ** 2).mean())
+        # standard error of a regression coefficient: rms noise / (rms of R, about 0.3) / sqrt(3e5)
+        assert np.abs(found - exact).max() < 5 * np.sqrt(noise[force_map.kind]) / 0.3 / np.sqrt(3e5)
+    assert noise["optimised"] < 0.5 * noise["slice"]
 
 
-def test_the_optimised_map_has_the_least_noise_of_all_that_are_consistent() -> None:
-    beads = chain(6)
-    _, _, f = harmonic(6, seed=2)
-    covariance = ForceCovariance(6, [(0, 1), (3, 4)])
-    covariance.add(f[:20_000])
-    covariance.add(f[20_000:])
-    best = optimised_force_map(beads, covariance, 1e-10)
-    least = np.sum(best.forces(f) ** 2)
+def test_optimised_map_is_the_best_of_all() -> None:
+    """Exactly: <F F^T> = K, and the least mean square under M C^T = 1 is that of the mean force, tr (C K^-1 C^T)^-1."""
+    _, f, K = gaussian(6, 30, seed=5)
+    C = np.zeros((2, 6))
+    C[0, :2], C[1, 3:5] = 0.5, 0.5
+    beads = beads_of(C)
+    covariance = ForceCovariance(6)
+    covariance.add(f[:10])
+    covariance.add(f[10:])
+    assert covariance.frames == 30
+    np.testing.assert_allclose(covariance.matrix, np.einsum("nix,njx->ij", f, f) / 30, rtol=1e-12)
+    covariance._sum = 30 * K
+    best = optimised_force_map(beads, covariance, regularisation=1e-12).weights
+    least = np.trace(np.linalg.inv(C @ np.linalg.inv(K) @ C.T))
+    assert np.trace(best @ K @ best.T) == pytest.approx(least, rel=1e-8)
     rng = np.random.default_rng(0)
-    # other solutions of M C^T = 1 with equal weights in the groups {0, 1}, {2}, {3, 4}, {5}: free are those of 3-5
-    for _ in range(20):
-        change = np.zeros((2, 6))
-        change[:, 3:] = np.outer(rng.normal(size=2), [1, 1, 0]) + np.outer(rng.normal(size=2), [0, 0, 1])
-        other = ForceMap(best.weights + 0.1 * change)
-        other.check(beads, [(0, 1), (3, 4)])
-        assert np.sum(other.forces(f) ** 2) > least
+    null = np.linalg.svd(C)[2][2:]
+    for _ in range(5):
+        other = best + 0.1 * rng.normal(size=(2, 4)) @ null
+        ForceMap(other).check(beads)
+        assert np.trace(other @ K @ other.T) > least * (1 + 1e-6)
 
 
-def test_maps_of_alanine_are_consistent_with_its_constraints(
-    alanine: app.PDBFile, constraints: list[tuple[int, int]]
-) -> None:
-    beads = BeadMap.slice(alanine.topology, SIX)
-    basic = basic_force_map(beads, constraints)
-    # N with its H, CA with HA, CB with three H; the two carbonyl C alone
-    assert basic.weights.sum(1).tolist() == [1, 2, 2, 4, 1, 2]
-    covariance = ForceCovariance(22, constraints)
-    covariance.add(np.random.default_rng(0).normal(size=(500, 22, 3)))
-    optimised = optimised_force_map(beads, covariance)
-    for made in (basic, optimised):
-        assert made.weights @ beads.weights.T == pytest.approx(np.eye(6), abs=1e-9)
-        made.check(beads, constraints)
-    with pytest.raises(ValueError, match=r"bead 1 \(N\) takes 1 of the force on atom 6 but 0 of that on atom 7"):
+def test_constrained_partner_must_not_be_left_out() -> None:
+    """A rigid pair: the recorded force on one atom alone lacks the constraint force."""
+    beads = BeadMap.slice(chain(), [0, 2])
+    constraints = [(0, 1), (3, 4)]
+    with pytest.raises(ValueError, match="takes 1 of the force on atom 0 but 0 of that on atom 1, which a constraint"):
         slice_force_map(beads).check(beads, constraints)
+    basic = basic_force_map(beads, constraints)
+    assert basic.weights.tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+    covariance = ForceCovariance(5, constraints)
+    covariance.add(np.random.default_rng(0).normal(size=(100, 5, 3)))
+    optimised = optimised_force_map(beads, covariance)
+    optimised.check(beads, constraints)
+    assert np.abs(optimised.weights[:, 3]).max() > 0 and np.ptp(optimised.weights[:, 3:], axis=1).max() < 1e-12
 
 
-def test_without_net_force_the_optimised_map_of_a_dimer_is_found_although_the_covariance_is_singular() -> None:
-    beads = chain(3)
-    f = np.random.default_rng(0).normal(size=(100, 3, 3))
-    f -= f.mean(axis=1, keepdims=True)
-    covariance = ForceCovariance(3)
-    covariance.add(f)
-    made = optimised_force_map(beads, covariance)
-    # all of the force is on two beads: what is left of it has to vanish in the sum
-    assert np.abs(made.forces(f).sum(axis=1)).max() < 1e-4
+def test_mean_force_with_a_constraint() -> None:
+    """A rigid pair in a well of its second atom, U = k/2 |r2|^2, |r2 - r1| = 1, and a bead at r1.
+
+    Integration by parts: <F . g(r1)> = -kT <div g(r1)> for the mean force F and any g.
+    """
+    rng, k, n = np.random.default_rng(0), 2.0, 200_000
+    r2 = rng.normal(size=(n, 3)) / np.sqrt(k)
+    direction = rng.normal(size=(n, 3))
+    r1 = r2 - direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    forces = np.stack([np.zeros_like(r1), -k * r2], axis=1)
+    beads = beads_of(np.array([[1.0, 0.0]]))
+    F = basic_force_map(beads, [(0, 1)]).forces(forces)[:, 0]
+    square = (r1**2).sum(1)
+    for g, divergence in ((r1, np.full(n, 3.0)), (r1 * square[:, None], 5 * square)):
+        residual = (F * g).sum(1) + divergence
+        assert abs(residual.mean()) < 4 * residual.std() / np.sqrt(n)
+    assert not slice_force_map(beads).forces(forces).any()
 
 
-def test_constraint_groups_are_found_through_chains_of_constraints() -> None:
-    assert constraint_groups(6, [(4, 2), (0, 2)]) == [[0, 2, 4], [1], [3], [5]]
-    with pytest.raises(ValueError, match=r"constraints: expected pairs of atoms from 0 to 5, got \(2, 6\)"):
-        constraint_groups(6, [(2, 6)])
+def test_constraint_across_beads_is_refused() -> None:
+    beads = BeadMap.slice(chain(), [0, 1])
+    covariance = ForceCovariance(5, [(0, 1)])
+    covariance.add(np.ones((1, 5, 3)))
+    for make in (lambda: basic_force_map(beads, [(0, 1)]), lambda: optimised_force_map(beads, covariance)):
+        with pytest.raises(ValueError, match=r"beads: beads 0 \(C0\) and 1 \(H1\) hold atoms that constraints join"):
+            make()
 
 
-def test_beads_that_share_a_constraint_are_refused(alanine: app.PDBFile, constraints: list[tuple[int, int]]) -> None:
-    beads = BeadMap.slice(alanine.topology, [6, 7, 8])
-    covariance = ForceCovariance(22, constraints)
-    covariance.add(np.random.default_rng(0).normal(size=(50, 22, 3)))
-    match = r"beads 0 \(N\) and 1 \(H\) hold atoms that constraints join \(\[6, 7\]\)"
-    with pytest.raises(ValueError, match=match):
-        basic_force_map(beads, constraints)
-    with pytest.raises(ValueError, match=match):
-        optimised_force_map(beads, covariance)
+def test_map_that_pushes_another_bead_is_refused() -> None:
+    beads = beads_of(np.eye(2))
+    with pytest.raises(ValueError, match=r"push on bead 0 \(B0\) moves bead 1 \(B1\) by 0.5, expected 0"):
+        ForceMap(np.array([[1.0, 0.5], [0, 1]])).check(beads)
 
 
-def test_wrong_input_is_named(alanine: app.PDBFile) -> None:
-    with pytest.raises(ValueError, match="every atom in one bead at most, got 4 more than once"):
-        BeadMap.slice(alanine.topology, [4, 6, 4])
-    with pytest.raises(ValueError, match="indices from 0 to 21, got 4 to 22"):
-        BeadMap.slice(alanine.topology, [4, 22])
-    beads = BeadMap.slice(alanine.topology, SIX)
-    with pytest.raises(ValueError, match=r"atoms: expected shape \(\.\.\., 22, 3\), got \(6, 3\)"):
-        beads.positions(np.zeros((6, 3)))
-    with pytest.raises(ValueError, match="weights: expected rows that sum to one, got 2 for bead 0"):
-        BeadMap(("A",), (("X", 1),), np.ones((1, 2)), (0,), np.ones(1))
-    with pytest.raises(ValueError, match="weights: expected independent beads"):
-        BeadMap(("A", "B"), (("X", 1),) * 2, np.full((2, 2), 0.5), (0, 0), np.ones(2))
-    with pytest.raises(ValueError, match=r"the push on bead 0 \(C\) moves bead 0 \(C\) by 2, expected 1"):
-        ForceMap(2 * beads.weights).check(beads)
-    with pytest.raises(ValueError, match="forces: expected at least one frame"):
-        optimised_force_map(beads, ForceCovariance(22))
-    with pytest.raises(ValueError, match="forces: expected finite numbers"):
-        ForceCovariance(2).add(np.full((1, 2, 3), np.nan))
-
-
-def test_maps_are_kept_with_their_temperature(alanine: app.PDBFile, tmp_path: Path) -> None:
-    beads = BeadMap.slice(alanine.topology, SIX)
-    forces = basic_force_map(beads, [(6, 7)])
-    save_maps(tmp_path / "maps.safetensors", beads, forces, 300.0, {"data": "here"})
-    again, force_map, temperature = load_maps(tmp_path / "maps.safetensors")
-    assert (again.names, again.residues, again.bonds, again.numbers) == (
-        beads.names,
-        beads.residues,
-        beads.bonds,
-        beads.numbers,
-    )
-    assert np.array_equal(again.weights, beads.weights) and np.array_equal(again.masses, beads.masses)
-    assert np.array_equal(force_map.weights, forces.weights) and force_map.kind == "basic" and temperature == 300.0
-    with pytest.raises(FileNotFoundError):
-        load_maps(tmp_path / "nothing")
-    from openmm_mlff.sampling.biased_md import Frames, write_frames
-
-    write_frames(tmp_path / "other", Frames(*(np.zeros((1, 2, 3)),) * 2, np.zeros(1), np.zeros((1, 2)), {}))
-    with pytest.raises(ValueError, match="expected a bead map of format"):
-        load_maps(tmp_path / "other")
-
-
-def test_constraints_are_read_from_a_system() -> None:
+def test_constraint_groups_join_in_turn() -> None:
+    assert constraint_groups(6, [(4, 1), (5, 4), (2, 3)]) == [[0], [1, 4, 5], [2, 3]]
+    with pytest.raises(ValueError, match=r"constraints: expected pairs of atoms from 0 to 2, got \(0, 3\)"):
+        constraint_groups(3, [(0, 3)])
     system = openmm.System()
     for _ in range(3):
         system.addParticle(1.0)
     system.addConstraint(2, 0, 0.1)
     assert constraints_of(system) == [(2, 0)]
+
+
+def test_bad_forces_are_named() -> None:
+    covariance = ForceCovariance(3)
+    with pytest.raises(ValueError, match="at least one frame"):
+        _ = covariance.matrix
+    with pytest.raises(ValueError, match=r"forces: expected shape \(..., 3, 3\), got \(2, 4, 3\)"):
+        covariance.add(np.zeros((2, 4, 3)))
+    with pytest.raises(ValueError, match="forces: expected finite"):
+        covariance.add(np.full((1, 3, 3), np.nan))
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_maps_come_back(tmp_path: Path) -> None:
+    beads = BeadMap.centre_of_mass(chain(), {"P": [0, 1], "Q": [3, 4]})
+    force_map = basic_force_map(beads, [(0, 1), (3, 4)])
+    save_maps(tmp_path / "maps.safetensors", beads, force_map, 300.0)
+    read, forces, temperature = load_maps(tmp_path / "maps.safetensors")
+    assert (read.names, read.residues, read.numbers, read.bonds) == (
+        beads.names,
+        beads.residues,
+        beads.numbers,
+        beads.bonds,
+    )
+    assert np.array_equal(read.weights, beads.weights) and np.array_equal(read.masses, beads.masses)
+    assert np.array_equal(forces.weights, force_map.weights) and (forces.kind, temperature) == ("basic", 300.0)
+    with pytest.raises(ValueError, match="temperature: expected a positive number"):
+        save_maps(tmp_path / "other", beads, force_map, 0.0)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_maps(tmp_path / "other")
