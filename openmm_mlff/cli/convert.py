@@ -86,11 +86,13 @@ def largest_difference(first: Potential, second: Potential) -> float:
 
 
 def probes(model: Potential) -> list[Structure]:
-    """Clusters in which every element of the model occurs, with charge and spin where the model knows them."""
+    """The model's own examples, or clusters of all its elements, with charge and spin where the model knows them."""
     import numpy as np
 
     from openmm_mlff.data.structures import Structure
 
+    if found := model.examples():
+        return found
     rng = np.random.default_rng(0)
     grid = 1.6 * np.stack(np.meshgrid(range(2), range(2), range(2)), axis=-1).reshape(-1, 3)
     elements = list(model.elements)

@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--split", help="only this split of the datasets (train, valid, test)")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="where results are written (default: here)")
     parser.add_argument("--name", default="evaluation", help="first part of the results' names")
-    parser.add_argument("--precision", choices=("single", "double"), default="single", help="default: single")
+    parser.add_argument("--precision", choices=("single", "double"), help="default: that of the model file")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     keys = ("formula", "charge", "multiplicity", "group")
     parser.add_argument("--by", action="append", choices=keys, help="also print a table by this; may be repeated")
@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
     path = find_model(args.model)
     device = choose_device(args.device)
-    dtype = torch.float64 if args.precision == "double" else torch.float32
-    model = load_potential(path).to(device=device, dtype=dtype)
+    model = load_potential(path).to(device=device)
+    if args.precision is not None:
+        model = model.to(torch.float64 if args.precision == "double" else torch.float32)
     structures, sources = load_labelled(args.data, args.split)
     comparison = compare(model, structures)
     output = Path(args.output)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         "model": {"file": path.name, "sha256": sha256_of(path)},
         "data": sources,
         "split": args.split,
-        "precision": args.precision,
+        "precision": "double" if model.dtype == torch.float64 else "single",
         "device": device.type,
         "seed": args.seed,
     }

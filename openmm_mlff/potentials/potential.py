@@ -89,6 +89,10 @@ class Potential(nn.Module):
         """Energies of the batch, differentiable with respect to ``batch.positions``."""
         raise TypeError(f"{type(self).__name__} does not define predict(batch, fixed)")
 
+    def examples(self) -> list[Structure]:
+        """Structures to try the model with, from one that describes a single composition; none where any will do."""
+        return []
+
     def shift_atomic_energies(self, shifts: Mapping[int, float]) -> None:
         """Add a constant (eV) to the energy of every atom of an element, in place; what training starts with."""
         raise TypeError(f"{type(self).__name__} does not define shift_atomic_energies(shifts)")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from ase.data import covalent_radii
+from torch import Tensor
 
 from openmm_mlff.data.structures import SYMBOLS, formula
 
@@ -44,6 +45,21 @@ def bonds_from_positions(numbers: np.ndarray, positions: np.ndarray) -> Bonds:
     i, j = np.tril_indices(len(numbers), -1)
     distances = np.linalg.norm(positions[i] - positions[j], axis=1)
     return bonds_from_distances(numbers, distances) if distances.size and distances.min() > 0.1 else frozenset()
+
+
+def bonds_of_training(numbers: np.ndarray, x: Tensor, pair_permutations: Tensor) -> tuple[Bonds, Bonds]:
+    """Bonds of the mean of training points, and those that any of them has; none without points.
+
+    Args:
+        x: inverse distances, ``(M, D)`` 1/angstrom. pair_permutations: ``(S, D)``, which take points to others that are
+            as good.
+    """
+    if not len(x):
+        return frozenset(), frozenset()
+    nearest = x.max(0).values[pair_permutations].max(0).values
+    kinds = (1.0 / values.clamp(min=1e-9).cpu().numpy() for values in (x.mean(0), nearest))
+    mean, some = (bonds_from_distances(numbers, distances) for distances in kinds)
+    return mean, some
 
 
 def find_order(expected: np.ndarray, expected_bonds: Bonds, numbers: np.ndarray, bonds: Bonds) -> list[int] | None:

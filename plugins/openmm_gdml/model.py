@@ -24,8 +24,8 @@ from openmm_gdml import hessians, images, kernel, lattices
 from openmm_gdml.atom_order import (
     Bonds,
     as_bonds,
-    bonds_from_distances,
     bonds_from_positions,
+    bonds_of_training,
     check_order,
     check_permutations,
 )
@@ -250,16 +250,17 @@ class GDMLPotential(Potential):
     def bonds(self) -> tuple[Bonds, Bonds]:
         """Bonds of the mean training geometry, and those that any of them has; none for crystals and beads."""
         if self._bonds is None:
-            c, self._bonds = self.config, (frozenset(), frozenset())
-            if c.descriptor == INVERSE_DISTANCES and not c.periodic and c.beads is None:
-                x = self.descriptors.clamp(min=1e-9)
-                nearest = x.max(0).values[self.prepared.pair_permutations].max(0).values
-                mean, some = (
-                    bonds_from_distances(np.array(c.numbers), 1.0 / values.cpu().numpy())
-                    for values in (x.mean(0), nearest)
-                )
-                self._bonds = mean, some
+            c = self.config
+            atoms = c.descriptor == INVERSE_DISTANCES and not c.periodic and c.beads is None
+            x = self.descriptors if atoms else self.descriptors[:0]
+            self._bonds = bonds_of_training(np.array(c.numbers), x, self.prepared.pair_permutations)
         return self._bonds
+
+    def examples(self) -> list[Structure]:
+        """Atoms of the model at random places in its lattice, three structures."""
+        n, cell = len(self.config.numbers), self.lattice_rows if self.config.periodic else None
+        places = np.random.default_rng(0).normal(0.0, n ** (1 / 3), (3, n, 3))
+        return [Structure(np.array(self.config.numbers), r, cell=cell) for r in places]
 
     @property
     def lattice_rows(self) -> np.ndarray:
