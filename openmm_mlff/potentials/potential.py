@@ -65,6 +65,8 @@ class Potential(nn.Module):
             forms that have no second derivatives.
         charges, multiplicities: total charges and spin multiplicities that the model was trained on; None means any.
         predicts_charges, supports_charge, supports_multiplicity, supports_periodic: what the model can do.
+        beads: names of the particles of a coarse-grained model, in order; None for atoms.
+        bead_numbers: what stands for these beads in `Batch.numbers`.
     """
 
     family: ClassVar[str] = ""
@@ -80,6 +82,8 @@ class Potential(nn.Module):
     supports_charge: bool = False
     supports_multiplicity: bool = False
     supports_periodic: bool = True
+    beads: tuple[str, ...] | None = None
+    bead_numbers: tuple[int, ...] = ()
 
     def fixed(self, batch: Batch) -> Any:
         """Everything that `predict` needs and the positions do not change."""
