@@ -133,17 +133,15 @@ def _build(keys: _Keys) -> GDMLPotential:
         if lattice.shape != (3, 3):
             raise ValueError(f"modelPath: 'lattice' in {keys.name}: expected shape (3, 3), got {lattice.shape}")
         optional["lattice"] = lattice.T * length
+    sigma, shift = keys.number("sig") / length, keys.number("c") * energy
+    # they permute training points there, queries here
+    optional["permutations"] = np.argsort(_permutations(keys, len(numbers)), axis=1)
+    # says how the model was made, and is NaN where nobody knows
+    lam = keys.array("lam").reshape(-1) if "lam" in keys else np.empty(0)
+    optional["lam"] = float(lam[0]) if lam.size == 1 and np.isfinite(lam[0]) else None
     try:
         return GDMLPotential.from_coefficients(
-            numbers,
-            keys.number("sig") / length,
-            points / length,
-            coefficients * scale / length,
-            keys.number("c") * energy,
-            # they permute training points there, queries here
-            permutations=np.argsort(_permutations(keys, len(numbers)), axis=1),
-            lam=keys.number("lam") if "lam" in keys else None,
-            **optional,
+            numbers, sigma, points / length, coefficients * scale / length, shift, **optional
         )
     except ValueError as error:
         raise ValueError(f"modelPath: {keys.name} is not a complete sgdml model ({error})") from error

@@ -1,4 +1,4 @@
-"""The published SpookyNet, and the second implementation beside the tests."""
+"""The published SpookyNet, and second implementations beside the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from openmm_spookynet import SpookyNet
 @pytest.fixture(scope="session")
 def plain() -> ModuleType:
     """``spookynet_plain``: the second SpookyNet, and checkpoints with random weights."""
-    name = "spookynet_plain"
+    return _beside("spookynet_plain")
+
+
+@pytest.fixture(scope="session")
+def gdml_plain() -> ModuleType:
+    """``gdml_plain``: the second sGDML, and random models."""
+    return _beside("gdml_plain")
+
+
+def _beside(name: str) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         assert spec is not None and spec.loader is not None
