@@ -304,7 +304,7 @@ def run_biased(plan: BiasedPlan) -> Frames:
             bias[k] = state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV
     if not (np.isfinite(positions).all() and np.isfinite(forces).all()):
         raise FloatingPointError(f"{plan.name}: positions or forces became NaN or infinite")
-    torsions = dihedral(positions.astype(np.float64), np.array(plan.torsions))
+    torsions = dihedral(positions.astype(np.float64), np.array(plan.torsions)).astype(np.float32)
     info = {
         "name": plan.name,
         "split": plan.split,
