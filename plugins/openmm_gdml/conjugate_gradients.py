@@ -32,7 +32,8 @@ class State:
 
     Attributes:
         x: solution so far, ``(n,)``. r: residual ``y - (K + lam) x``. p: search direction. z: preconditioned residual.
-        rho: r.z. m: inducing columns, `columns` which ones. iteration: all so far; `since`: since the last restart.
+        rho: r.z. m: inducing columns, `columns` which ones. iteration: all so far; `since`: since the last start,
+            zero where the search has to start anew from r.
         residual: true relative residual at the last check. history: relative residual after every iteration.
     """
 
@@ -80,7 +81,6 @@ def run(
     """
     problem = _fingerprint(operator, y, lam, choice, seed)
     state = None if checkpoint is None else read_checkpoint(checkpoint, problem)
-    resumed = state is not None
     state = state or State.first(y, m)
     saved = time.monotonic()
     norm = float(y.norm()) or 1.0
@@ -94,11 +94,10 @@ def run(
         if inverse is None:
             known = state.columns if len(state.columns) else None
             inverse = preconditioners.build(operator, state.m, choice, lam, seed + state.restarts, known)
-        if not resumed:
+        if state.since == 0:
             state.columns = inverse.columns
             _start(state, inverse)
             write()
-        resumed = False
         while state.iteration < max_iterations:
             _step(state, operator, inverse, lam, norm)
             if not state.history[-1] < float("inf"):
@@ -118,6 +117,7 @@ def run(
             state.columns = torch.empty(0, dtype=torch.int64)
             state.restarts += 1
             inverse = None
+        state.since = 0
         write()
     return state
 
@@ -126,7 +126,6 @@ def _start(state: State, inverse: preconditioners.LowRank) -> None:
     state.z = inverse.apply(state.r)
     state.p = state.z.clone()
     state.rho = float(state.r @ state.z)
-    state.since = 0
 
 
 def _step(state: State, operator: Operator, inverse: preconditioners.LowRank, lam: float, norm: float) -> None:

@@ -144,6 +144,7 @@ def solve(
     *,
     preconditioner: str = "leverage",
     columns: int | float | None = None,
+    enlarge: bool = True,
     memory: int | float | str | None = None,
     tolerance: float = 1e-4,
     max_iterations: int | None = None,
@@ -160,6 +161,7 @@ def solve(
         lam: regularisation, positive.
         preconditioner: how ``cg`` chooses inducing columns (`preconditioners.CHOICES`).
         columns: how many, or which fraction of n; default a quarter of n, or what fits into `memory`.
+        enlarge: let ``cg`` take more columns, as far as `memory` goes, where it hardly gets on.
         memory: limit in bytes, or a text such as "4 GB"; default half of the free memory.
         tolerance: of ``cg``, ``|residual| / |y|``.
         max_iterations: of ``cg``; default 10,000.
@@ -174,8 +176,8 @@ def solve(
     """
     started = time.perf_counter()
     y = as_tensor(y)
-    if y.shape != (operator.n,) or not bool(torch.isfinite(y).all()):
-        raise ValueError(f"y: expected {operator.n} finite numbers, got shape {tuple(y.shape)}")
+    if y.shape != (operator.n,) or not bool(torch.isfinite(y).all()) or not bool(y.any()):
+        raise ValueError(f"y: expected {operator.n} finite numbers, not all zero, got shape {tuple(y.shape)}")
     if not lam > 0:
         raise ValueError(f"lam: expected a positive number, got {lam}")
     if not 0 < tolerance < 1:
@@ -193,7 +195,7 @@ def solve(
             lam,
             preconditioner,
             m,
-            most_columns(operator, limit),
+            most_columns(operator, limit) if enlarge else m,
             tolerance,
             10_000 if max_iterations is None else max_iterations,
             None if checkpoint is None else Path(checkpoint),

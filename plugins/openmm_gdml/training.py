@@ -10,6 +10,7 @@ error on validation data. S. Chmiela et al., Sci. Adv. 3, e1603015 (2017); Nat. 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import warnings
@@ -53,7 +54,7 @@ class GDML:
         seed: of the iterative solver's random columns.
         progress: show bars.
         selection: after `fit`: one row per candidate with sigma, lam and errors on validation data.
-        solution: after `fit`: how the chosen model's linear system was solved.
+        solution: after `fit`: how the chosen model's linear system was solved; None if an earlier run did it.
     """
 
     sigma: float | Sequence[float] = 20.0
@@ -135,8 +136,13 @@ class GDML:
     ) -> tuple[GDMLPotential, solvers.Solution | None, dict[str, Any]]:
         """One fit and its errors on validation data, or both as an earlier run has left them in `folder`."""
         kept = None if folder is None else Path(folder) / f"sigma{sigma:g}_lam{lam:g}"
+        about = "" if kept is None else self._fingerprint(data, group)
         if kept is not None and kept.with_name(kept.name + ".json").exists():
             row = json.loads(kept.with_name(kept.name + ".json").read_text(encoding="utf-8"))
+            if row.pop("about", about) != about:
+                raise ValueError(
+                    f"folder: {kept.parent} holds candidates of other data or settings; choose another one"
+                )
             model = load_potential(kept.with_name(kept.name + ".safetensors"))
             assert isinstance(model, GDMLPotential)
             return model, None, row
@@ -148,9 +154,20 @@ class GDML:
             row |= valid.errors(model)
         if kept is not None:
             save_potential(model, kept.with_name(kept.name + ".safetensors"))
-            write_atomically(kept.with_name(kept.name + ".json"), (json.dumps(row, indent=1) + "\n").encode())
+            content = json.dumps(row | {"about": about}, indent=1) + "\n"
+            write_atomically(kept.with_name(kept.name + ".json"), content.encode())
             checkpoint.unlink(missing_ok=True)  # type: ignore[union-attr]
         return model, solution, row
+
+    def _fingerprint(self, data: TrainingSet, group: np.ndarray) -> str:
+        """Tells the data and the settings that decide a candidate from others."""
+        name, options = self.description(data)
+        settings = [name, options, self.energy_constraints, self.solver, self.tolerance, self.seed, self.keep_alphas]
+        digest = hashlib.sha256(json.dumps(settings, default=str).encode() + np.ascontiguousarray(group).tobytes())
+        products = () if data.products is None else (data.products.directions, data.products.products)
+        for tensor in (data.positions, data.forces, data.energies, *products):
+            digest.update(b"none" if tensor is None else tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def _fit_one(
         self, data: TrainingSet, group: np.ndarray, sigma: float, lam: float, checkpoint: Path | None

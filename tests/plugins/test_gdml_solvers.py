@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import runpy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from openmm_gdml import conjugate_gradients, solvers
 from openmm_gdml.operators import KernelOperator, force_blocks
-from openmm_gdml.solvers import NotPositiveDefinite, parse_memory, solve
+from openmm_gdml.solvers import NotPositiveDefinite, Solution, parse_memory, solve
 
 SIGMA = 1.5
 SWAP = np.array([[0, 1, 2, 3], [0, 2, 1, 3]])
@@ -184,3 +188,36 @@ def test_wrong_arguments_are_named(problem: tuple[KernelOperator, Tensor, Tensor
     with pytest.raises(ValueError, match="y: expected"):
         solve(operator, y[:-1])
     assert solvers.METHODS[0] == "auto"
+
+
+SCRIPT = """
+import os, signal, sys
+import numpy as np, torch
+from openmm_gdml.operators import KernelOperator
+from openmm_gdml.solvers import solve
+rng = np.random.default_rng(5)
+operator = KernelOperator(rng.normal(0, 0.1, (40, 4, 3)) + np.eye(4, 3), 1.5)
+def stop(step, steps, residual):
+    if step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+options = dict(columns=0.05, tolerance=1e-8, checkpoint_seconds=0.0, progress=stop, memory="1 GB")
+found = solve(operator, torch.from_numpy(rng.normal(size=operator.n)), "cg", 1e-5, checkpoint=sys.argv[1], **options)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_process_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a killed process and one that goes on from its checkpoint do together is what one does undisturbed
+    script = tmp_path / "solve.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+
+    def here(checkpoint: str) -> Solution:
+        monkeypatch.setattr(sys, "argv", ["solve.py", str(tmp_path / checkpoint), "-1"])
+        return runpy.run_path(str(script))["found"]  # type: ignore[no-any-return]
+
+    whole = here("whole")
+    assert whole.converged and whole.iterations > 20
+    command = [sys.executable, str(script), str(tmp_path / "killed"), "15"]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    again = here("killed")
+    assert again.history == whole.history and torch.equal(again.alpha, whole.alpha)

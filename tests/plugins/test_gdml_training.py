@@ -94,6 +94,8 @@ def test_an_interrupted_choice_goes_on(water: list[Structure], tmp_path: Path) -
     other = again.fit(water[:20], water[40:60], tmp_path)
     assert torch.equal(model.coefficients, other.coefficients)
     assert again.selection[0] == first.selection[0]
+    with pytest.raises(ValueError, match=r"folder: .* other data or settings"):
+        again.fit(water[:21], water[40:60], tmp_path)
 
 
 def changed(structures: list[Structure], k: int, **changes: Any) -> list[Structure]:
