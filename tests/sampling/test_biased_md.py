@@ -78,12 +78,12 @@ def plan(**changes: object) -> BiasedPlan:
 
 @pytest.fixture(scope="module")
 def frames() -> Frames:
-    return run_biased(plan(duration=2000.0))
+    return run_biased(plan(duration=500.0))
 
 
 def test_recorded_forces_and_energies_are_those_without_and_with_the_bias(frames: Frames) -> None:
     context = openmm.Context(chain(), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
-    for k in range(0, len(frames), 1000):
+    for k in range(0, len(frames), 500):
         context.setPositions(frames.positions[k].astype(float) * 0.1)
         forces = context.getState(forces=True).getForces(asNumpy=True)._value / KJ_PER_MOL_NM_PER_EV_ANGSTROM
         # positions are kept in single precision, and bonds are stiff
@@ -91,7 +91,7 @@ def test_recorded_forces_and_energies_are_those_without_and_with_the_bias(frames
     # the spline through the cosines is good to a part in 10^4
     expected = -0.9 * free_energy(frames.torsions[:, 0], frames.torsions[:, 1]) + 0.02
     assert np.abs(frames.bias - expected).max() < 5e-5
-    assert frames.positions.dtype == frames.forces.dtype == np.float32 and len(frames) == 10_000
+    assert frames.positions.dtype == frames.forces.dtype == np.float32 and len(frames) == 2500
     assert frames.info["biased"] is True and frames.info["interval_ps"] == 0.2
 
 
@@ -117,20 +117,17 @@ def test_without_a_bias_the_trajectory_is_free() -> None:
 
 def test_metadynamics_finds_the_free_energy_and_leaves_the_system_alone() -> None:
     system = chain()
-    settings = Metadynamics(
-        duration=3000.0, pace=0.4, height=0.006, width=20.0, bias_factor=6.0, grid=24, snapshot=10.0
-    )
+    settings = Metadynamics(duration=600.0, pace=0.4, height=0.015, width=20.0, bias_factor=6.0, grid=24, snapshot=10.0)
     bias, found, snapshots = make_bias(system, START, TORSIONS, settings, DYNAMICS, seed=2)
     angles = -180 + 360 * np.arange(24) / 24
     exact = free_energy(*np.meshgrid(angles, angles, indexing="ij"))
-    # the truth, smeared by the Gaussians' width: cos(n x) loses a factor exp(-(n w)^2 / 2)
     p = np.exp(-exact / DYNAMICS.kT)
     difference = found - exact
     difference -= (p * difference).sum() / p.sum()
     assert np.sqrt((p * difference**2).sum() / p.sum()) < 0.5 * DYNAMICS.kT
     assert np.ptp(exact) > 6 * DYNAMICS.kT and np.ptp(found) > 4.5 * DYNAMICS.kT
     assert system.getNumForces() == 3
-    assert len(snapshots) == 150 and snapshots.shape[1:] == (5, 3)
+    assert len(snapshots) == 30 and snapshots.shape[1:] == (5, 3)
     assert np.array_equal(bias.energies, frozen_bias(found, settings, DYNAMICS.kT))
 
 
@@ -138,7 +135,7 @@ def test_frozen_bias_flattens_up_to_its_cap() -> None:
     kT = 0.02
     f = np.array([0.0, 0.1, 0.2, 1.0])
     v = frozen_bias(f, Metadynamics(flattening=0.8, cap=0.5), kT)
-    assert v[:3] - v[0] == pytest.approx(-0.8 * f[:3], abs=1e-6) or v[1] - v[0] == pytest.approx(-0.08, abs=1e-6)
+    assert v[:3] - v[0] == pytest.approx(-0.8 * f[:3], abs=1e-6)
     # F + V: a fifth of F below the cap; above it the rest of F stays as a barrier
     total = f + v - v[0]
     assert total[2] == pytest.approx(0.04, abs=1e-6) and total[3] == pytest.approx(0.1 + 0.5, abs=1e-6)
