@@ -190,6 +190,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
         computation = ForceComputation(spec)
         self._check_model(computation, topology)
         system.addForce(make_force(computation, None if atoms is None else chosen, periodic, forceGroup))
+        _warn_of_immobile(topology, system, chosen)
         # an empty system means interpolation: the MM bonds stay there and keep the molecules
         if periodic and system.getNumParticles():
             _keep_molecules(topology, system, chosen, forceGroup)
@@ -296,6 +297,22 @@ def _atomic_numbers(topology: openmm.app.Topology, chosen: list[int], model: Pot
                 )
             raise ValueError(f"elements: expected an element for every ML atom, got none for atom {i}")
     return [atom.element.atomic_number for atom in atoms]
+
+
+def _warn_of_immobile(topology: openmm.app.Topology, system: openmm.System, chosen: list[int]) -> None:
+    """Beads without elements get no mass from openmm-ml, and OpenMM does not move what has none."""
+    elements = [atom.element for atom in topology.atoms()]
+    still = [
+        i
+        for i in chosen
+        if elements[i] is None and i < system.getNumParticles() and system.getParticleMass(i)._value == 0
+    ]
+    if still:
+        warnings.warn(
+            f"masses: beads {still} have no element and so no mass; OpenMM will not move them until "
+            "system.setParticleMass(index, mass) gives them one",
+            stacklevel=4,
+        )
 
 
 def _check_precision(precision: Any) -> str | None:
