@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.compile import CompiledGraph, GraphInputs, compiler_found
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class CompiledCopies:
     """
 
     def __init__(self, model: GDMLPotential, copies: np.ndarray) -> None:
-        self._batch = model.batch([Structure(model.config.numbers, r) for r in copies])
+        self._batch = model.batch([model.structure(r) for r in copies])
         self._graph = DescriptorGraph(model, None, ("energy", "forces"), fixed_pairs=True)
 
     def ready(self) -> bool:

@@ -260,7 +260,12 @@ class GDMLPotential(Potential):
         """Atoms of the model at random places in its lattice, three structures."""
         n, cell = len(self.config.numbers), self.lattice_rows if self.config.periodic else None
         places = np.random.default_rng(0).normal(0.0, n ** (1 / 3), (3, n, 3))
-        return [Structure(np.array(self.config.numbers), r, cell=cell) for r in places]
+        return [self.structure(r, cell) for r in places]
+
+    def structure(self, positions: np.ndarray, cell: np.ndarray | None = None) -> Structure:
+        """The model's atoms at positions ``(N, 3)`` angstrom, with the charge and multiplicity that it was made for."""
+        c = self.config
+        return Structure(np.array(c.numbers), positions, c.charge or 0, c.multiplicity or 1, cell)
 
     @property
     def lattice_rows(self) -> np.ndarray:
