@@ -17,8 +17,8 @@ class GDMLOptions:
         n_train, n_valid: geometries to take from the training and validation splits, spread over the energies; None
             takes all of the training split, and up to 1000 for validation.
         sigma, lam: one value, or several to choose from by the force error on the validation geometries.
-        permutations: ``auto`` (from bonds; of crystals, ``full``), ``none``, or, of crystals, ``full`` or
-            ``translations``; or the permutations themselves, one list of atoms each.
+        permutations: ``auto`` (from bonds; of crystals, ``full``), ``matching`` (of geometries), ``none``, or, of
+            crystals, ``full`` or ``translations``; or the permutations themselves, one list of atoms each.
         mobile: atoms of a crystal that hop between sites (see `crystals`).
         the others: as in `training.GDML`.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from openmm_gdml import crystals
+from openmm_gdml import crystals, matching
 from openmm_gdml import permutations as symmetry
 from openmm_gdml.model import GDMLPotential
 from openmm_gdml.options import GDMLOptions
@@ -80,7 +80,12 @@ def _group(options: GDMLOptions, train: Sequence[Structure]) -> tuple[np.ndarray
     if train[0].cell is not None:
         found = crystals.of_training_data(train, "full" if wanted == "auto" else wanted, mobile=options.mobile)
         return found.permutations, found.inspect()
+    if wanted == "matching":
+        matched = matching.find(train)
+        return matched, f"{len(matched)} permutations by matching geometries"
     if wanted != "auto":
-        raise ValueError(f"permutations: expected auto, none or the permutations of an open molecule, got {wanted!r}")
+        raise ValueError(
+            f"permutations: expected auto, matching, none or the permutations of an open molecule, got {wanted!r}"
+        )
     molecule = symmetry.find(train)
     return molecule.group, molecule.inspect()

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_gdml import matching, solvers
 from openmm_gdml import permutations as symmetry
-from openmm_gdml import solvers
 from openmm_gdml.algorithmic import AlgorithmicOperator
 from openmm_gdml.descriptors import INVERSE_DISTANCES, Descriptor, descriptor, gradients_of, name_of, takes
 from openmm_gdml.model import GDMLPotential
@@ -42,8 +42,8 @@ class GDML:
     Attributes:
         sigma: length scale in the unit of the descriptor (1/angstrom); several are compared on validation data.
         lam: regularisation; several are compared on validation data.
-        permutations: of equal atoms: ``"auto"`` finds them from bonds (see `permutations.find`), ``None`` uses none, or
-            an array ``(S, N)`` that forms a group.
+        permutations: of equal atoms: ``"auto"`` finds them from bonds (see `permutations.find`), ``"matching"`` by
+            comparing geometries (see `matching.find`), ``None`` uses none, or an array ``(S, N)`` that forms a group.
         energy_constraints: fit energies besides forces.
         solver: ``auto``, ``cholesky``, ``cg`` or ``eigen`` (see `solvers.solve`), with its `preconditioner`, inducing
             `columns`, `memory` limit and `tolerance`.
@@ -115,13 +115,18 @@ class GDML:
         if self.permutations is None:
             return np.arange(len(data.numbers))[None]
         if isinstance(self.permutations, str):
-            if self.permutations != "auto":
-                raise ValueError(f"permutations: expected 'auto', None or an array, got {self.permutations!r}")
+            if self.permutations not in ("auto", "matching"):
+                raise ValueError(
+                    f"permutations: expected 'auto', 'matching', None or an array, got {self.permutations!r}"
+                )
             if data.lattice is not None:
                 raise ValueError(
                     "permutations: bonds do not tell the symmetry of a periodic material; expected None or an array "
-                    "(openmm_gdml.crystals finds it), got 'auto'"
+                    "(openmm_gdml.crystals finds it), got "
+                    f"{self.permutations!r}"
                 )
+            if self.permutations == "matching":
+                return matching.find(structures)
             return symmetry.find(structures).group
         return symmetry.validate(self.permutations, data.numbers)
 
