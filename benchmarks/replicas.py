@@ -29,6 +29,7 @@ from openmmml import MLPotential
 from rich.console import Console
 from rich.table import Table
 
+from openmm_mlff.forces import running
 from openmm_mlff.sampling.replica_files import GeometryTable
 from openmm_mlff.sampling.replicas import ReplicaFrame, Replicas
 from openmm_mlff.units import NM_PER_ANGSTROM
@@ -52,7 +53,7 @@ class Case:
     friction: float
     bonds: dict[str, tuple[int, int]]
     torsions: dict[str, tuple[int, int, int, int]]
-    batch: int | None = None
+    compiled: bool = False
 
     def integrator(self, seed: int) -> openmm.Integrator:
         made = openmm.LangevinMiddleIntegrator(300.0, self.friction, self.timestep)
@@ -61,7 +62,7 @@ class Case:
 
     def replicas(self, n: int, seed: int) -> tuple[Replicas, openmm.Context]:
         """`n` copies with their own velocities, after a few steps."""
-        replicas = Replicas(self.single, self.topology, n, self.batch)
+        replicas = Replicas(self.single, self.topology, n)
         context = replicas.context(self.integrator(seed), "Reference")
         replicas.set_positions(context, self.start)
         replicas.set_velocities(context, 300.0, seed)
@@ -145,12 +146,12 @@ def spookynet() -> Case:
     bonds = {"bond C-CA": (4, 6), "bond N-CA": (3, 4), "bond C-O": (1, 2)}
     return Case(
         "spookynet-ala2-gfn2", single, topology, start, 0.001, 1.0, bonds,
-        {"phi": (1, 3, 4, 6), "psi": (3, 4, 6, 8)},
+        {"phi": (1, 3, 4, 6), "psi": (3, 4, 6, 8)}, compiled=True,
     )  # fmt: skip
 
 
 #: of the statistics: ps of every run, ps of it that are discarded, frames
-LENGTHS = {"gdml": (100.0, 20.0, 200), "spookynet": (3.0, 1.0, 20)}
+LENGTHS = {"gdml": (50.0, 10.0, 100), "spookynet": (2.0, 1.0, 20)}
 CASES: dict[str, Callable[[], Case]] = {"gdml": beads, "spookynet": spookynet}
 
 
@@ -172,9 +173,12 @@ def speed(case: Case, counts: list[int], rounds: int, seconds: float) -> dict[st
     alone = case.alone(1)
     rows = {}
     for n in counts:
-        _, context = case.replicas(n, 1)
+        replicas, context = case.replicas(n, 1)
         # a warm-up that also compiles
         rate(alone, seconds / 4), rate(context, seconds / 4)
+        for system in (case.single, replicas.system):
+            if case.compiled and not running.computations(system)[0].compiled:
+                raise RuntimeError(f"{case.name}: runs op by op, so there is nothing to compare")
         one, many = [], []
         for _ in range(rounds):
             one.append(rate(alone, seconds))
@@ -202,13 +206,13 @@ def statistics(case: Case, n: int, picoseconds: float, discard: float, frames: i
     replicas, context = case.replicas(n, 11)
     one = Replicas(case.single, case.topology, 1)
 
-    def average(copies: Replicas, running: openmm.Context) -> np.ndarray:
+    def average(copies: Replicas, context: openmm.Context) -> np.ndarray:
         """Time averages, ``(observables, replicas)``; angles as sine and cosine."""
-        running.getIntegrator().step(round(discard / case.timestep))
+        context.getIntegrator().step(round(discard / case.timestep))
         found = []
         for _ in range(frames):
-            running.getIntegrator().step(steps)
-            found.append(observe(copies.frame(running), table, len(case.bonds)))
+            context.getIntegrator().step(steps)
+            found.append(observe(copies.frame(context), table, len(case.bonds)))
         return np.mean(found, axis=0)
 
     together = average(replicas, context)
