@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 
 from openmm_gdml.model import GDMLPotential
 from openmm_gdml.published import write_npz
+from openmm_mlff.cli import main
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential
 
@@ -179,6 +184,33 @@ def test_damaged_and_incomplete_files(
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut\.npz"):
         load_potential(tmp_path / "cut.npz", "sgdml")
+
+
+def test_commands_take_published_files(
+    arrays: dict[str, np.ndarray],
+    gdml_plain: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``convert`` proves that its copy has the same energies; ``evaluate`` runs in the precision of the file."""
+    source, target, data = (tmp_path / name for name in ("model.npz", "model.safetensors", "data.extxyz"))
+    source.write_bytes(gdml_plain.archive(arrays))
+    assert main(["convert", str(source), str(target), "--licence", "MIT"]) == 0, capsys.readouterr().err
+    r = gdml_plain.base_of(5) + 0.05
+    energy, forces = kcal(load_potential(source), r)  # type: ignore[arg-type]
+    check(load_potential(target), (energy, forces), r)  # type: ignore[arg-type]
+    atoms = Atoms(numbers=NUMBERS, positions=r)
+    atoms.calc = SinglePointCalculator(atoms, energy=(energy + 2.0) / EV, forces=forces / EV)
+    write(data, [atoms, atoms], format="extxyz")
+    for model in (source, target):
+        done = main(["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "report")])
+        assert done == 0, capsys.readouterr().err
+        config = json.loads((tmp_path / "report" / "evaluation_config.json").read_text(encoding="utf-8"))
+        assert config["precision"] == "double"
+        errors = json.loads((tmp_path / "report" / "evaluation_errors.json").read_text(encoding="utf-8"))
+        (everything,) = errors["tables"]["all"]
+        assert everything["energy_mae"] == pytest.approx(1000 * 2.0 / EV / 5, rel=1e-6)  # meV/atom
+        assert everything["forces_mae"] < 1e-3  # meV/angstrom, the digits of the file
 
 
 def test_what_sgdml_does_not_know_is_not_written(gdml_plain: ModuleType, tmp_path: Path) -> None:
