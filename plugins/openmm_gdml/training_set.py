@@ -20,6 +20,8 @@ SAME = 1e-6
 SLOPE = 1.25
 #: below this number of geometries the integrated forces are too uncertain for that, and the factor is this one.
 FEW, SLOPE_OF_FEW = 50, 3.0
+#: and below so many geometries nothing can be said.
+FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def energies_fit(reference: Tensor, predicted: Tensor) -> None:
     Raises `ValueError` saying which.
     """
     a, b = predicted - predicted.mean(), reference - reference.mean()
-    if float(a.norm()) == 0.0 or float(b.norm()) == 0.0:
+    # any two energies lie on a line, so that a few say nothing
+    if len(reference) < FEWEST or float(a.norm()) == 0.0 or float(b.norm()) == 0.0:
         return
     correlation = float(a @ b / (a.norm() * b.norm()))
     slope = float(a @ b / (a @ a))
