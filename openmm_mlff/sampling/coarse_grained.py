@@ -10,6 +10,7 @@ the mass that it is given.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def coarse_grained_system(
         for _ in range(n):
             system.addParticle(0.0)
     else:
-        system = _learned(model).createSystem(topology, removeCMMotion=False, **options)
+        with warnings.catch_warnings():
+            # the masses that it misses are set below
+            warnings.filterwarnings("ignore", message="masses: ")
+            system = _learned(model).createSystem(topology, removeCMMotion=False, **options)
         priors = _stored_priors(model) if priors is None else priors
     for i, mass in enumerate(amu):
         system.setParticleMass(i, mass)

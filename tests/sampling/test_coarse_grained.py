@@ -59,6 +59,7 @@ def context_of(system: openmm.System, seed: int = 1) -> openmm.Context:
     return context
 
 
+@pytest.mark.filterwarnings("error")
 def test_energy_and_forces_are_those_of_model_and_priors_and_every_bead_has_its_mass() -> None:
     gdml, prior = model(), priors()
     system = coarse_grained_system(gdml, beads().topology(), MASSES, prior)
@@ -75,7 +76,8 @@ def test_energy_and_forces_are_those_of_model_and_priors_and_every_bead_has_its_
 
 
 def test_openmm_ml_alone_would_leave_such_beads_without_mass() -> None:
-    system = MLPotential("gdml", model=model()).createSystem(beads().topology())
+    with pytest.warns(UserWarning, match="no element and so no mass"):
+        system = MLPotential("gdml", model=model()).createSystem(beads().topology())
     assert [system.getParticleMass(i)._value for i in range(4)] == [0.0] * 4
 
 
