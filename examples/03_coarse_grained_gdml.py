@@ -15,17 +15,16 @@ from pathlib import Path
 import numpy as np
 import openmm
 from openmm import XmlSerializer, app, unit
-from openmmml import MLPotential
 
 from openmm_gdml.coarse_grained import CoarseGrainedGDML
 from openmm_mlff.analysis.landscapes import Sample, chiral_volume, difference, histogram, population
 from openmm_mlff.analysis.observables import backbone_torsions, dihedral
 from openmm_mlff.data.coarse_graining import BeadMap, ForceCovariance, constraints_of, optimised_force_map
 from openmm_mlff.forces.handedness import handedness_wall
-from openmm_mlff.forces.prior_forces import prior_forces
 from openmm_mlff.potentials.family import save_potential
 from openmm_mlff.potentials.priors import fit_priors
 from openmm_mlff.sampling.biased_md import BiasedPlan, Dynamics, Frames, Metadynamics, make_bias, run_biased
+from openmm_mlff.sampling.coarse_grained import coarse_grained_system
 from openmm_mlff.sampling.implicit_solvent import use_native_obc2
 from openmm_mlff.sampling.replicas import Replicas
 from openmm_mlff.units import ANGSTROM_PER_NM, NM_PER_ANGSTROM
@@ -58,15 +57,12 @@ def sample_atoms(topology: app.Topology, positions: np.ndarray, args: argparse.N
 
 
 def simulate_beads(
-    model: Path, beads: BeadMap, priors: list[openmm.Force], starts: np.ndarray, args: argparse.Namespace
+    model: Path, beads: BeadMap, wall: openmm.Force, starts: np.ndarray, args: argparse.Namespace
 ) -> np.ndarray:
     """Positions ``(frames, runs, 6, 3)`` angstrom of many runs side by side."""
     topology = beads.topology()
-    system = MLPotential("gdml", modelPath=str(model)).createSystem(topology)
-    for i, mass in enumerate(beads.masses):
-        system.setParticleMass(i, mass)
-    for force in priors:
-        system.addForce(force)
+    # masses are those of the beads, and the priors come with the model file
+    system = coarse_grained_system(model, topology, beads.masses, forces=[wall])
     replicas = Replicas(system, topology, len(starts))
     integrator = openmm.LangevinMiddleIntegrator(TEMPERATURE, 2 / unit.picosecond, 4 * unit.femtosecond)
     integrator.setRandomNumberSeed(3)
@@ -139,8 +135,7 @@ def main() -> None:
     #    feels keeps them apart.
     rows = np.random.default_rng(2).choice(len(x), args.runs, p=weights / weights.sum())
     centre = (2, 1, 4, 3)  # CA and its neighbours N, C, CB
-    native = [*prior_forces(priors), handedness_wall(x, centre)]
-    frames = simulate_beads(path, beads, native, x[rows], args)
+    frames = simulate_beads(path, beads, handedness_wall(x, centre), x[rows], args)
     print(f"smallest chiral volume at CA: {chiral_volume(frames, centre).min():.2f} (L-alanine is positive)")
     write_beads(beads.topology(), frames, args.output)
 
