@@ -1,8 +1,7 @@
-"""Biased sampling of a chain whose torsions have a known free energy, and recipes of many trajectories."""
+"""Biased sampling of a chain whose torsions have a known free energy."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,11 @@ from openmm_mlff.sampling.biased_md import (
     Metadynamics,
     frozen_bias,
     make_bias,
+    make_frames,
     read_frames,
     run_biased,
     write_frames,
 )
-from openmm_mlff.sampling.biased_recipes import load_split, plan_trajectories, read_biased_recipe, sample_biased
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 TORSIONS = ((0, 1, 2, 3), (1, 2, 3, 4))
@@ -178,101 +177,7 @@ def test_wrong_settings_are_named() -> None:
         run_biased(plan(system=openmm.XmlSerializer.serialize(taken)))
 
 
-RECIPE = """
-name = "small"
-seed = 5
-[start]
-file = "{start}"
-[force_field]
-files = ["amber99sbildn.xml", "implicit/obc2.xml"]
-native_obc2 = true
-[torsions]
-phi = [4, 6, 8, 14]
-psi = [6, 8, 14, 16]
-[bias]
-duration = 4
-snapshot = 1.0
-[[sets]]
-name = "train"
-split = "train"
-trajectories = 2
-duration = 2
-discard = 0.4
-interval = 0.2
-[[sets]]
-name = "free"
-split = "free"
-trajectories = 1
-biased = false
-duration = 1
-discard = 0.4
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, repository: Path) -> Path:
-    path = tmp_path / "recipe.toml"
-    start = (repository / "examples" / "recipes" / "capped_alanine.pdb").as_posix()
-    path.write_text(RECIPE.format(start=start), encoding="utf-8")
-    return path
-
-
-def test_a_recipe_is_run_once_and_gone_on_with(recipe: Path, tmp_path: Path) -> None:
-    read = read_biased_recipe(recipe)
-    first = sample_biased(read, tmp_path / "data", progress=False)
-    assert (sorted(first.made), first.kept, first.failed) == (["free-000", "train-000", "train-001"], [], {})
-    kept = (tmp_path / "data" / "frames" / "train-000.safetensors").read_bytes()
-    (tmp_path / "data" / "frames" / "train-001.safetensors").unlink()
-    bias = (tmp_path / "data" / "bias.safetensors").read_bytes()
-    second = sample_biased(read, tmp_path / "data", progress=False)
-    assert second.made == ["train-001"] and sorted(second.kept) == ["free-000", "train-000"]
-    assert (tmp_path / "data" / "frames" / "train-000.safetensors").read_bytes() == kept
-    assert (tmp_path / "data" / "bias.safetensors").read_bytes() == bias
-    train, free = load_split(tmp_path / "data", "train"), load_split(tmp_path / "data", "free")
-    assert [len(f) for f in train] == [10, 10] and len(free) == 1 and not free[0].bias.any()
-    assert train[0].info["seed"] != train[1].info["seed"] and train[0].bias.any()
-    with pytest.raises(ValueError, match="split: no trajectories of split 'test'"):
-        load_split(tmp_path / "data", "test")
-    text = recipe.read_text(encoding="utf-8").replace("seed = 5", "seed = 6")
-    recipe.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="was begun with"):
-        sample_biased(read_biased_recipe(recipe), tmp_path / "data", progress=False)
-
-
-def test_sets_grow_at_the_same_pace(recipe: Path) -> None:
-    read = read_biased_recipe(recipe)
-    sets = tuple(replace(s, trajectories=n) for s, n in zip(read.sets, (6, 2), strict=True))
-    plans = plan_trajectories(
-        replace(read, sets=sets), BiasMap(tuple(read.torsions.values()), np.zeros((4, 4))), np.zeros((3, 22, 3)), ""
-    )  # type: ignore[arg-type]
-    kinds = [p.name[:-4] for p in plans]
-    assert kinds[:4].count("train") == 3 and kinds[4:].count("train") == 3
-    assert len({p.seed for p in plans}) == 8
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("seed = 5", "", "recipe: the key 'seed' is missing"),
-        ('split = "free"', 'splitt = "free"', "sets: unknown key 'splitt'; did you mean 'split'"),
-        ("phi = [4, 6, 8, 14]", "phi = [4, 6, 8, 44]", "torsions: phi expects four different atoms from 0 to 21"),
-        ("phi = [4, 6, 8, 14]", "", r"torsions: expected two \(the axes of the bias\), got 1"),
-        ("trajectories = 1", "trajectories = 0", "trajectories: expected at least 1 in set 'free', got 0"),
-        ("snapshot = 1.0", "snap = 1.0", "bias: unknown key 'snap'; did you mean 'snapshot'"),
-        ("native_obc2 = true", "salt = 0.1", "force_field: unknown key 'salt'"),
-    ],
-)
-def test_wrong_recipes_are_named(recipe: Path, old: str, new: str, message: str) -> None:
-    text = recipe.read_text(encoding="utf-8")
-    assert old in text
-    recipe.write_text(text.replace(old, new), encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_biased_recipe(recipe)
-
-
 def test_a_trajectory_that_breaks_is_reported(tmp_path: Path) -> None:
-    from openmm_mlff.sampling.biased_md import make_frames
-
     broken = plan(start=np.full((5, 3), np.nan), duration=1.0)
     outcome = run_tasks({"a": broken}, make_frames, tmp_path, log=tmp_path / "log", progress=False)
     assert outcome.made == [] and list(outcome.failed) == ["a"] and not (tmp_path / "a.safetensors").exists()
