@@ -9,6 +9,7 @@ CPU; its key holds all of them and the source code of the model.
 from __future__ import annotations
 
 import hashlib
+import locale
 import logging
 import math
 import os
@@ -38,6 +39,23 @@ logger = logging.getLogger(__name__)
 _FAR = 4.0
 #: pair tables grow by this factor beyond what the first frame needs
 _MARGIN = 1.25
+
+
+@contextmanager
+def utf8_locale() -> Iterator[None]:
+    """Read files as UTF-8 meanwhile: torch's compiler opens its own in the locale, which some libraries reset to C."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    for name in ("C.UTF-8", "en_US.UTF-8", "UTF-8"):
+        if locale.getpreferredencoding(False).lower().replace("-", "") == "utf8":
+            break
+        try:
+            locale.setlocale(locale.LC_CTYPE, name)
+        except locale.Error:
+            continue
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 class CompilationError(RuntimeError):
@@ -208,7 +226,7 @@ class CompiledGraph:
         example = tuple(x.clone() for x in inputs.tensors(inputs.batch))
         logger.info("compiling energy and forces for %d atoms (about a minute, once)", inputs.batch.n_atoms)
         try:
-            with _first_derivatives_only(self.model), warnings.catch_warnings():
+            with _first_derivatives_only(self.model), utf8_locale(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = make_fx(self._record(inputs))(example[0].requires_grad_(True), *example[1:])
                 with torch.no_grad():

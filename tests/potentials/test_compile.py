@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,15 @@ def test_compile_takes_three_values() -> None:
     model = small_model()
     with pytest.raises(ValueError, match="compile: expected True, False or 'auto', got 'yes'"):
         model.evaluator(cluster(3), compile="yes")
+
+
+def test_files_are_read_as_utf8_where_a_library_has_reset_the_locale() -> None:
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")
+        assert locale.getpreferredencoding(False).lower() != "utf-8"
+        with compilation.utf8_locale():
+            assert locale.getpreferredencoding(False).lower() == "utf-8"
+        assert locale.setlocale(locale.LC_CTYPE) == "C"
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
