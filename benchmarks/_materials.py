@@ -154,7 +154,7 @@ def trajectory(name: str, start: Atoms, seed: int, frames: int, step: float) -> 
     if not path.exists():
         random = np.random.default_rng(seed)
         atoms = start.copy()
-        atoms.calc = _fast(start)
+        atoms.calc = fast_form(start)
         thermalize_momenta(atoms, temperature_K=TEMPERATURE, rng=random)
         friction = 0.01 / units.fs
         # with its default fixcm=True, ASE's thermostat gives every atom the same share of the total momentum: hydrogen
@@ -181,7 +181,7 @@ def trajectory(name: str, start: Atoms, seed: int, frames: int, step: float) -> 
     ]
 
 
-def _fast(start: Atoms) -> Calculator:
+def fast_form(start: Atoms) -> Calculator:
     """The reference method with the metal's pairs listed once."""
     host = start[start.numbers != 1]
     metal = CrystalEMT(host)

@@ -3,15 +3,16 @@
 The model is the one of `gdml_materials.py` with the whole symmetry of the site and image sums (its file lies in the
 work folder). Runs of the same system:
 
-* classical Langevin dynamics;
+* classical Langevin dynamics (a ring of one bead);
 * 8 beads with OpenMM's `RPMDIntegrator`, which calls the model for one bead after the other;
 * 8 beads as replicas in one System (`openmm_mlff.sampling.path_integrals`), whose model evaluates all beads at once;
 * the same with other numbers of beads, for the convergence.
 
-Kinetic energies by the centroid virial estimator with their standard errors, beside the exact ones of a harmonic
-oscillator with the same number of beads, and the model's force errors on the beads themselves, labelled by the
-reference method, since quantum hydrogen goes where classical training data hardly are. Speed: the two ways in turn, one
-thread, and the batched one on two threads.
+Kinetic energies by the centroid virial estimator with their standard errors stand beside those of a harmonic oscillator
+with the same number of beads and beside the exact quantum average of one hydrogen atom in the rigid lattice of the
+reference method, from its Schroedinger equation on a grid. Since quantum hydrogen goes where classical training data
+hardly are, whole rings are labelled by the reference method: force errors on beads, and what they change of the kinetic
+energy. Speed: the two ways in turn, one thread, and the batched one on two threads.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openmm_mlff.analysis.observables import mean_with_error
-from openmm_mlff.analysis.path_integrals import harmonic_oscillator
+from openmm_mlff.analysis.path_integrals import harmonic_oscillator, virial_kinetic_energy
 from openmm_mlff.data.model_file import write_atomically
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.path_integrals import (
@@ -48,7 +49,8 @@ from openmm_mlff.sampling.path_integrals import (
 from openmm_mlff.units import BOLTZMANN_EV, HBAR_KJ_PER_MOL_PS, KJ_PER_MOL_PER_EV
 
 BEADS, TEMPERATURE = 8, materials.TEMPERATURE
-HYDROGEN = 27
+COUNTS = (1, 2, 4, 8, 16)
+HYDROGEN, MASS = 27, 1.008
 FRICTION = 10.0  # 1/ps
 SAMPLE_EVERY = 10.0  # fs
 MODEL = "PdH_full_image_sums_{}.safetensors"
@@ -141,38 +143,89 @@ def averages(found: dict[str, np.ndarray]) -> dict[str, Any]:
     return rows | {"seconds": float(found["seconds"]), "samples": len(found["hydrogen"])}
 
 
-def frequency(model: Any, home: np.ndarray) -> float:
-    """Angular frequency of hydrogen in the rigid lattice by central differences of the model's forces, 1/ps."""
-    atoms = materials.palladium_hydride()
-    delta, stiffness = 0.01, []
-    lattice = torch.from_numpy(atoms.cell.array)
+def frequency(forces: Callable[[np.ndarray], np.ndarray], delta: float = 0.01) -> float:
+    """Angular frequency of hydrogen in the rigid lattice by central differences of its forces, 1/ps.
+
+    Args:
+        forces: positions ``(n_atoms, 3)`` angstrom -> eV/angstrom. delta: angstrom.
+    """
+    home, stiffness = materials.palladium_hydride().positions, []
     for k in range(3):
-        pair = torch.from_numpy(np.stack([atoms.positions] * 2))
-        pair[0, HYDROGEN, k] += delta
-        pair[1, HYDROGEN, k] -= delta
-        forces = model.energies_and_forces(pair, lattice)[1]
-        stiffness.append(float(forces[1, HYDROGEN, k] - forces[0, HYDROGEN, k]) / (2 * delta))
+        moved = [home.copy(), home.copy()]
+        for positions, sign in zip(moved, (1, -1), strict=True):
+            positions[HYDROGEN, k] += sign * delta
+        upper, lower = (forces(positions)[HYDROGEN, k] for positions in moved)
+        stiffness.append(float(lower - upper) / (2 * delta))
     # eV/angstrom^2 -> kJ/mol/nm^2
-    return float(np.sqrt(np.mean(stiffness) * KJ_PER_MOL_PER_EV * 100 / 1.008))
+    return float(np.sqrt(np.mean(stiffness) * KJ_PER_MOL_PER_EV * 100 / MASS))
 
 
-def bead_errors(model: Any, displaced: np.ndarray, frames: int) -> dict[str, float]:
-    """Errors of the model's forces on geometries that beads visited, labelled by the reference method."""
+def rigid_lattice(spacing: float = 0.1, points: int = 19, states: int = 80) -> dict[str, float]:
+    """Exact quantum averages of hydrogen in the rigid lattice of the reference method, meV and angstrom^2.
+
+    The Schroedinger equation in sinc functions on `points`^3 points (Colbert, Miller, J. Chem. Phys. 96, 1982 (1992)).
+
+    Args:
+        spacing: angstrom. states: lowest eigenstates that the thermal average takes.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
     atoms = materials.palladium_hydride()
-    chosen = displaced[np.linspace(0, len(displaced) - 1, frames).astype(int)]
-    errors, hydrogen = [], []
-    for positions in chosen:
-        atoms.positions = positions
-        forces = model.energies_and_forces(torch.from_numpy(positions[None]), torch.from_numpy(atoms.cell.array))[1][
-            0
-        ].numpy()
-        difference = forces - atoms.get_forces()
-        errors.append(difference)
-        hydrogen.append(difference[HYDROGEN])
+    atoms.calc = materials.fast_form(atoms)
+    home = atoms.positions.copy()
+    axis = (np.arange(points) - points // 2) * spacing
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+    energies = np.empty(len(grid))
+    for k, displacement in enumerate(grid):
+        atoms.positions = home
+        atoms.positions[HYDROGEN] += displacement
+        energies[k] = atoms.get_potential_energy()
+    potential = (energies - energies.min()).reshape(points, points, points)
+    apart = np.subtract.outer(np.arange(points), np.arange(points))
+    with np.errstate(divide="ignore"):
+        kinetic = np.where(apart == 0, np.pi**2 / 3, 2.0 / apart.astype(float) ** 2) * (-1.0) ** apart
+    # hbar^2 / 2m in eV angstrom^2
+    kinetic *= (HBAR_KJ_PER_MOL_PS**2 / (2 * MASS) * 100 / KJ_PER_MOL_PER_EV) / spacing**2
+
+    def apply(vector: np.ndarray) -> np.ndarray:
+        psi = vector.reshape(points, points, points)
+        moved = np.einsum("ai,ijk->ajk", kinetic, psi) + np.einsum("aj,ijk->iak", kinetic, psi)
+        return (moved + np.einsum("ak,ijk->ija", kinetic, psi) + potential * psi).ravel()
+
+    size = points**3
+    levels, vectors = eigsh(LinearOperator((size, size), matvec=apply, dtype=np.float64), k=states, which="SA")
+    weights = np.exp(-(levels - levels.min()) / (BOLTZMANN_EV * TEMPERATURE))
+    weights /= weights.sum()
+    density = vectors**2
     return {
-        "frames": frames,
-        "forces_rmse_meV_per_A": 1e3 * float(np.sqrt(np.mean(np.square(errors)))),
-        "hydrogen_forces_rmse_meV_per_A": 1e3 * float(np.sqrt(np.mean(np.square(hydrogen)))),
+        "kinetic_meV": 1e3 * float(weights @ (levels - density.T @ potential.ravel())),
+        "squared_displacement_A2": float(weights @ (density.T @ np.sum(grid**2, axis=1))),
+        "first_excitation_meV": 1e3 * float(levels[1] - levels[0]),
+        "weight_of_last_state": float(weights[-1]),
+        "probability_at_the_edge": float(weights @ density.T @ (np.abs(grid).max(axis=1) == axis.max())),
+    }
+
+
+def bead_errors(model: Any, rings: np.ndarray) -> dict[str, float]:
+    """Errors of the model on rings that it has made itself, ``(n, n_beads, n_atoms, 3)`` angstrom, by the reference."""
+    atoms = materials.palladium_hydride()
+    lattice = torch.from_numpy(atoms.cell.array)
+    labels = np.empty_like(rings)
+    for index in np.ndindex(rings.shape[:2]):
+        atoms.positions = rings[index]
+        labels[index] = atoms.get_forces()
+    predicted = model.energies_and_forces(torch.from_numpy(rings.reshape(-1, *rings.shape[2:])), lattice)[1]
+    predicted = predicted.numpy().reshape(rings.shape)
+    difference = predicted - labels
+    # the virial is linear in the forces: that of the difference, in eV
+    change = mean_with_error(1e3 * virial_kinetic_energy(rings, difference, 0.0)[:, HYDROGEN])
+    return {
+        "rings": len(rings),
+        "forces_rmse_meV_per_A": 1e3 * float(np.sqrt(np.mean(difference**2))),
+        "hydrogen_forces_rmse_meV_per_A": 1e3 * float(np.sqrt(np.mean(difference[:, :, HYDROGEN] ** 2))),
+        "hydrogen_forces_rms_meV_per_A": 1e3 * float(np.sqrt(np.mean(labels[:, :, HYDROGEN] ** 2))),
+        "hydrogen_kinetic_change_by_the_model_meV": change.value,
+        "its_error_meV": change.error,
     }
 
 
@@ -204,14 +257,16 @@ def draw(runs: dict[str, dict[str, np.ndarray]], result: dict[str, Any], path: P
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 4.2))
-    edges = np.linspace(-0.7, 0.7, 57)
+    edges = np.linspace(-0.72, 0.72, 37)
     styles = {
-        "classical": ("classical", "tab:grey", "-"),
+        "batched_1": ("classical", "tab:grey", "-"),
         "rpmd": ("8 beads, RPMDIntegrator", "tab:red", "-"),
         f"batched_{BEADS}": ("8 beads, in one System", "tab:blue", "--"),
     }
     for name, (label, colour, style) in styles.items():
-        density, _ = np.histogram(runs[name]["displacement"].ravel(), edges, density=True)
+        # the site has inversion symmetry
+        values = runs[name]["displacement"].ravel()
+        density, _ = np.histogram(np.concatenate([values, -values]), edges, density=True)
         left.plot(0.5 * (edges[1:] + edges[:-1]), density, style, color=colour, label=label)
     left.set_xlabel("hydrogen: displacement along x, y or z [Å]")
     left.set_ylabel("probability density [1/Å]")
@@ -231,10 +286,10 @@ def draw(runs: dict[str, dict[str, np.ndarray]], result: dict[str, Any], path: P
     right.errorbar(
         [BEADS * 1.06], rpmd["mean"], rpmd["error"], fmt="s", color="tab:red", capsize=3, label="RPMDIntegrator"
     )
-    curve = [result["harmonic"][str(n)] for n in beads]
+    curve = [result["harmonic"][n] for n in beads]
     right.plot(beads, curve, "-", color="black", lw=0.9, label="harmonic oscillator, exact for so many beads")
-    right.axhline(result["harmonic"]["quantum"], color="black", lw=0.8, ls=":")
-    right.text(1.0, result["harmonic"]["quantum"] + 0.4, "harmonic, quantum", fontsize=8)
+    exact = result["rigid_lattice"]["kinetic_meV"]
+    right.axhline(exact, color="black", lw=0.9, ls="--", label="exact, rigid lattice of the reference method")
     right.set_xscale("log", base=2)
     right.set_xticks(beads, [str(n) for n in beads])
     right.set_xlabel("beads")
@@ -247,7 +302,7 @@ def draw(runs: dict[str, dict[str, np.ndarray]], result: dict[str, Any], path: P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=80, help="training geometries of the model")
+    parser.add_argument("--train", type=int, default=160, help="training geometries of the model")
     parser.add_argument("--picoseconds", type=float, default=20.0)
     parser.add_argument("--rpmd-picoseconds", type=float, default=8.0, help="its integrator is slow on this platform")
     arguments = parser.parse_args()
@@ -264,9 +319,9 @@ def main() -> None:
     )
     ps = arguments.picoseconds
 
-    def together(n_beads: int) -> dict[str, np.ndarray]:
+    def together(n_beads: int, length: float) -> dict[str, np.ndarray]:
         rings, context = batched(system, topology, home, n_beads, 10 + n_beads)
-        return sample(context.getIntegrator().step, lambda: rings.frame(context), home, step_for(n_beads), ps)
+        return sample(context.getIntegrator().step, lambda: rings.frame(context), home, step_for(n_beads), length)
 
     def one_by_one() -> dict[str, np.ndarray]:
         context = ring_dynamics(system, BEADS, TEMPERATURE, step_for(BEADS) * 1e-3, FRICTION, 7)
@@ -275,55 +330,67 @@ def main() -> None:
         frame = functools.partial(ring_dynamics_frame, context, masses)
         return sample(integrator.step, frame, home, step_for(BEADS), arguments.rpmd_picoseconds)
 
-    runs = {"classical": run("classical", lambda: together(1), folder)}
-    for n in (2, 4, BEADS, 16):
-        runs[f"batched_{n}"] = run(f"batched_{n}", functools.partial(together, n), folder)
+    runs = {}
+    for n in COUNTS:
+        runs[f"batched_{n}"] = run(f"batched_{n}", functools.partial(together, n, ps / max(1, n // BEADS)), folder)
     runs["rpmd"] = run("rpmd", one_by_one, folder)
-    runs["batched_1"] = runs["classical"]
-    omega = frequency(model, home)
-    to_mev = 1e3 / KJ_PER_MOL_PER_EV
-    result: dict[str, Any] = {"what": __doc__, "machine": machine()}
-    result["hydrogen_frequency_meV"] = HBAR_KJ_PER_MOL_PS * omega * to_mev
-    result["harmonic"] = {
-        str(n): 3 * harmonic_oscillator(omega, masses[HYDROGEN], TEMPERATURE, n).kinetic * to_mev
-        for n in (1, 2, 4, BEADS, 16)
-    } | {"quantum": 3 * harmonic_oscillator(omega, masses[HYDROGEN], TEMPERATURE).kinetic * to_mev}
-    result["runs"] = {name: averages(found) for name, found in runs.items()}
-    result["z_scores_rpmd_against_batched"] = {}
-    for key in ("hydrogen", "metal", "gyration"):
-        one, other = result["runs"]["rpmd"][key], result["runs"][f"batched_{BEADS}"][key]
-        z = (one["mean"] - other["mean"]) / float(np.hypot(one["error"], other["error"]))
-        result["z_scores_rpmd_against_batched"][key] = round(z, 2)
-    result["errors_on_beads"] = bead_errors(model, _bead_geometries(system, topology, home, folder), 100)
+    rings = run("rings", functools.partial(_rings, system, topology, home), folder)["positions"]
+    turn = materials.palladium_hydride().cell.standard_form()[1]
+    result: dict[str, Any] = {"what": __doc__, "machine": machine(), "runs": {k: averages(v) for k, v in runs.items()}}
+    result |= compared(model, result["runs"])
+    result["errors_on_beads"] = bead_errors(model, rings * 10 @ turn)
     result["speed"] = speed(system, threaded, topology, home, masses)
     table = Table("run", "K(H) [meV]", "K(H), primitive", "K(Pd) [meV]", "rg^2(H) [Å²]", "<u²>(H) [Å²]")
     for name, row in result["runs"].items():
         cells = ("hydrogen", "hydrogen_primitive", "metal", "gyration", "hydrogen_squared_displacement")
         table.add_row(name, *(f"{row[c]['mean']:.4g} +- {row[c]['error']:.1g}" for c in cells))
-    Console().print(table)
-    print(
-        json.dumps(
-            {k: result[k] for k in ("harmonic", "z_scores_rpmd_against_batched", "errors_on_beads", "speed")}, indent=1
-        )
-    )
+    Console(width=120).print(table)
+    for key, value in result.items():
+        if key not in ("what", "machine", "runs"):
+            print(key, json.dumps(value))
     draw(runs, result, HERE / "gdml_rpmd.png")
     write("gdml_rpmd", result)
 
 
-def _bead_geometries(system: openmm.System, topology: app.Topology, home: np.ndarray, folder: Path) -> np.ndarray:
-    """Geometries of single beads, ``(n, n_atoms, 3)`` angstrom, in the frame of the reference method's cell."""
+def compared(model: Any, runs: dict[str, Any]) -> dict[str, Any]:
+    """What the runs are held against: harmonic oscillator, exact quantum mechanics, and one another."""
+    atoms = materials.palladium_hydride()
+    lattice = torch.from_numpy(atoms.cell.array)
 
-    def make() -> dict[str, np.ndarray]:
-        rings, context = batched(system, topology, home, BEADS, 99)
-        frames = []
-        for k in range(60):
-            context.getIntegrator().step(round(100 / step_for(BEADS)))
-            if k >= 10:
-                frames.append(rings.frame(context).positions[:: BEADS // 2])
-        return {"positions": np.concatenate(frames)}
+    def learned(positions: np.ndarray) -> np.ndarray:
+        return model.energies_and_forces(torch.from_numpy(positions[None]), lattice)[1][0].numpy()
 
-    turn = materials.palladium_hydride().cell.standard_form()[1]
-    return run("bead_geometries", make, folder)["positions"] * 10 @ turn
+    def reference(positions: np.ndarray) -> np.ndarray:
+        atoms.positions = positions
+        return atoms.get_forces()
+
+    to_mev = 1e3 / KJ_PER_MOL_PER_EV
+    omega = frequency(reference)
+    found: dict[str, Any] = {
+        "hydrogen_frequency_meV": {
+            "model": HBAR_KJ_PER_MOL_PS * frequency(learned) * to_mev,
+            "reference": HBAR_KJ_PER_MOL_PS * omega * to_mev,
+        },
+        "harmonic": {n: 3 * harmonic_oscillator(omega, MASS, TEMPERATURE, n).kinetic * to_mev for n in COUNTS},
+        "rigid_lattice": rigid_lattice(),
+        "z_scores_rpmd_against_batched": {},
+    }
+    for key in ("hydrogen", "metal", "gyration"):
+        one, other = runs["rpmd"][key], runs[f"batched_{BEADS}"][key]
+        z = (one["mean"] - other["mean"]) / float(np.hypot(one["error"], other["error"]))
+        found["z_scores_rpmd_against_batched"][key] = round(z, 2)
+    return found
+
+
+def _rings(system: openmm.System, topology: app.Topology, home: np.ndarray) -> dict[str, np.ndarray]:
+    """Whole rings, ``(n, n_beads, n_atoms, 3)`` nm."""
+    rings, context = batched(system, topology, home, BEADS, 99)
+    frames = []
+    for k in range(60):
+        context.getIntegrator().step(round(100 / step_for(BEADS)))
+        if k >= 10:
+            frames.append(rings.frame(context).positions)
+    return {"positions": np.array(frames)}
 
 
 if __name__ == "__main__":
