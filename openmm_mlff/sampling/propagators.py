@@ -2,7 +2,7 @@
 
 A propagator knows a low-dimensional latent state of a molecule: it encodes positions, advances latent states by a fixed
 interval of time, and samples positions that belong to a latent state. It is trained on trajectories and kept in a model
-file of kind ``propagator``; the plugins that can read one register in the entry-point group ``openmm_mlff.propagators``.
+file of kind ``propagator``; plugins that can read one register in the entry-point group ``openmm_mlff.propagators``.
 
 Units are OpenMM's: nm, ps; arrays have the walker as their first axis.
 """
