@@ -162,9 +162,14 @@ class ZMatrix:
         check_array("positions", positions, *positions.shape[1:])
         return on_torch(self._measure, positions)
 
+    @cached_property
+    def _columns(self) -> list[Tensor]:
+        """Atoms and their three references, as far as there are any."""
+        rows = torch.tensor([(atom, *row) for atom, row in zip(self.atoms, self.references, strict=True)])
+        return [rows[max(width, 1) :, width].contiguous() for width in range(4)]
+
     def _measure(self, positions: Tensor) -> Tensor:
-        index = torch.tensor([(a, *r) for a, r in zip(self.atoms, self.references, strict=True)])
-        at = [positions[:, index[max(width, 1) :, width].to(positions.device)] for width in range(4)]
+        at = [positions[:, index.to(positions.device)] for index in self._columns]
         # of each width the atoms that have it: i from the second atom on, k from the third, l from the fourth
         i, j, k, m = at[0], at[1], at[2], at[3]
         bond = j - i
