@@ -1,10 +1,10 @@
 """What coarse-graining buys: all-atom dynamics of capped alanine beside its six-bead GDML model, per CPU hour.
 
 Timed here, in CPU time of one thread (4 fs, hydrogens of 3 amu): the force field of the training data, ff99SB-ILDN with
-OBC2 (native force, Reference platform), and the same with explicit TIP3P water (PME, CPU platform). Read from
-``cg_gdml.json``: the bead runs (100 side by side in one thread, wall time). How long a run takes for one independent
-sample of psi comes from the unbiased all-atom trajectories of `cg_gdml_data.py` in implicit solvent; explicit water has
-no such figure here, only ns/day.
+OBC2 (native force, Reference platform), the same with explicit TIP3P water (PME, CPU platform), and 100 bead runs side
+by side. How long a run takes for one independent sample of psi comes from ``cg_gdml.json`` for the beads, and from the
+unbiased trajectories of `cg_gdml_data.py` for all atoms in implicit solvent; explicit water has no such figure here,
+only ns/day.
 
 phi needs care: these trajectories may never come to phi > 0, where the reweighted biased ones spend a few per cent of
 their time. Their autocorrelation then knows the fast motion in one basin only, and says nothing of the exchange. In
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import openmm
-from _cg_ala2 import TEMPERATURE, rounded
+from _cg_ala2 import TEMPERATURE, bead_system, load, rounded, starts
 from _common import HERE, machine, write
 from openmm import app, unit
 from rich.console import Console
@@ -31,10 +31,13 @@ from rich.table import Table
 from openmm_mlff.analysis.landscapes import decorrelation_time
 from openmm_mlff.sampling.biased_md import read_frames
 from openmm_mlff.sampling.biased_recipes import read_biased_recipe
+from openmm_mlff.sampling.replicas import Replicas
 
 FOLDER = HERE.parent / ".work" / "cg_ala2"
 RECIPE = HERE.parent / "examples" / "recipes" / "cg_ala2.toml"
 TIMESTEP = 4.0
+#: bead runs side by side
+COPIES = 100
 #: nm of water between the molecule and the faces of the box
 PADDING = 1.0
 #: degrees of phi, well inside the basin of left-handed conformations
@@ -42,9 +45,9 @@ POSITIVE = (20.0, 120.0)
 
 
 class Timed:
-    """A context that has been equilibrated, and the CPU seconds of its blocks of steps."""
+    """A context that has been equilibrated, and the CPU seconds of its blocks of steps, summed over copies."""
 
-    def __init__(self, system: openmm.System, positions: Any, platform: str, friction: float) -> None:
+    def __init__(self, system: openmm.System, positions: Any, platform: str, friction: float, copies: int = 1) -> None:
         integrator = openmm.LangevinMiddleIntegrator(
             TEMPERATURE, friction / unit.picosecond, TIMESTEP * unit.femtosecond
         )
@@ -52,7 +55,9 @@ class Timed:
         properties = {"Threads": "1"} if platform == "CPU" else {}
         self.context = openmm.Context(system, integrator, openmm.Platform.getPlatform(platform), properties)
         self.context.setPositions(positions)
-        openmm.LocalEnergyMinimizer.minimize(self.context, maxIterations=200)
+        if copies == 1:
+            openmm.LocalEnergyMinimizer.minimize(self.context, maxIterations=200)
+        self.copies = copies
         self.context.setVelocitiesToTemperature(TEMPERATURE, 1)
         self.ns_per_day: list[float] = []
         integrator.step(500)
@@ -68,7 +73,7 @@ class Timed:
         # the state is asked for, so that nothing is left in a queue
         self.context.getState(energy=True)
         used = time.process_time() - start
-        self.ns_per_day.append(done * TIMESTEP * 1e-6 / used * 86400)
+        self.ns_per_day.append(self.copies * done * TIMESTEP * 1e-6 / used * 86400)
 
 
 def explicit() -> tuple[openmm.System, Any, int]:
@@ -116,11 +121,32 @@ def _results() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def beads() -> dict[str, Any]:
-    """Speed and decorrelation of the bead runs, seed by seed, as cg_gdml.json has them."""
-    methods = _results()["methods"]
-    wanted = ("ns_per_day", "decorrelation_ps", "decorrelations_per_cpu_hour")
-    return {m: {name: [s[name] for s in v["seeds"]] for name in wanted} for m, v in methods.items()}
+def bead_runs(folder: Path, friction: float) -> dict[str, Timed]:
+    """`COPIES` bead runs side by side with the first model of each method."""
+    data = load(folder, train=1, valid=1, test=1)
+    found = {}
+    for method in _results()["methods"]:
+        model = folder / "final" / f"{method}_0" / "model.safetensors"
+        replicas = Replicas(bead_system(data, model), data.topology, COPIES)
+        positions = starts(data, COPIES, 1).reshape(-1, 3)
+        found[method] = Timed(replicas.system, positions, "Reference", friction, COPIES)
+    return found
+
+
+def beads(runs: dict[str, Timed]) -> dict[str, Any]:
+    """Speed as timed here; decorrelation seed by seed from cg_gdml.json, and both together per CPU hour."""
+    found: dict[str, Any] = {}
+    for method, values in _results()["methods"].items():
+        speed = float(np.median(runs[method].ns_per_day))
+        times = [seed["decorrelation_ps"] for seed in values["seeds"]]
+        found[method] = {
+            "copies": COPIES,
+            "ns_per_day": [speed],
+            "blocks": runs[method].ns_per_day,
+            "decorrelation_ps": times,
+            "decorrelations_per_cpu_hour": [{name: speed / 24 * 1e3 / t for name, t in seed.items()} for seed in times],
+        }
+    return found
 
 
 def ratios(models: dict[str, Any], ns_per_day: float, per_hour: dict[str, float]) -> dict[str, Any]:
@@ -168,13 +194,15 @@ def main() -> None:
     runs = {
         "implicit": Timed(recipe.system, recipe.positions * 0.1, "Reference", friction),
         "explicit": Timed(system, positions, "CPU", friction),
+        **bead_runs(arguments.folder, friction),
     }
     for _ in range(arguments.blocks):
         for run in runs.values():
             run.block(arguments.seconds)
     times = decorrelation(arguments.folder)
     speeds = {
-        name: {"ns_per_day": float(np.median(run.ns_per_day)), "blocks": run.ns_per_day} for name, run in runs.items()
+        name: {"ns_per_day": float(np.median(runs[name].ns_per_day)), "blocks": runs[name].ns_per_day}
+        for name in ("implicit", "explicit")
     }
     ns_per_hour = speeds["implicit"]["ns_per_day"] / 24
     per_hour = {name: ns_per_hour * 1e3 / times[name]["ps"] for name in ("phi", "psi") if "ps" in times[name]}
@@ -191,7 +219,7 @@ def main() -> None:
             "explicit": {"atoms": n_atoms, "platform": "CPU", **speeds["explicit"]},
         },
         "decorrelation": times,
-        "beads": beads(),
+        "beads": beads(runs),
     }
     result["beads_over_all_atom"] = ratios(result["beads"], speeds["implicit"]["ns_per_day"], per_hour)
     result["explicit_over_implicit_ns_per_day"] = speeds["explicit"]["ns_per_day"] / speeds["implicit"]["ns_per_day"]
