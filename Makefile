@@ -34,7 +34,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e ".[train,label,analysis,crystals,dev]"
+	$(INSTALL) -e ".[train,label,analysis,crystals,led,dev]"
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

@@ -1,0 +1,295 @@
+"""mixture densities: trunk features h -> a distribution of y, its likelihood (torch) and samples of it (numpy).
+
+Coordinates come scaled, y = (x - centre) / scale; a coordinate with a finite `period` lives on a circle, and its
+distance to a kernel's centre is taken around it. Widths never fall below a floor: with an encoder that is a function of
+x, the likelihood grows without bound as the kernels shrink onto the data.
+
+Samples need one matrix product per layer for all walkers; they are drawn by numpy, which spends a few microseconds
+where a tensor library spends tens (one walker, one frame).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: ``(h (n, n_in), random) -> y (n, D)``
+Sampler = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def wrapped(residual: Tensor, period: Tensor) -> Tensor:
+    """The residual of least size around the circle; `period` is infinite where there is none."""
+    turns = torch.where(torch.isinf(period), torch.zeros_like(residual), torch.round(residual / period))
+    return residual - torch.where(turns == 0, torch.zeros_like(turns), turns * period)
+
+
+class Density(nn.Module):
+    """What all mixtures share. Attributes: n_in, n_out; period ``(n_out,)``, in scaled units, infinite off circles."""
+
+    period: Tensor
+
+    def __init__(self, n_in: int, period: Tensor) -> None:
+        super().__init__()
+        self.n_in, self.n_out = n_in, len(period)
+        self.register_buffer("period", period.clone())
+
+    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+        """Negative logarithm of the density of y ``(n, n_out)`` given h ``(n, n_in)``, ``(n,)`` nats.
+
+        Args:
+            origin: ``(n, n_out)``, added to the centres of all kernels.
+        """
+        raise NotImplementedError
+
+    def sampler(self) -> Sampler:
+        """Draws y for h with the parameters of this moment."""
+        raise NotImplementedError
+
+    def moments(self, h: Tensor) -> Tensor:
+        """Mean of the mixture ``(n, n_out)``, meaningful off circles."""
+        raise NotImplementedError
+
+
+class JointMixture(Density):
+    """K Gaussians over all coordinates together: p(y | h) = sum_k w_k(h) N(y; m_k(h), S_k A_k^-1 A_k^-T S_k).
+
+    S is diagonal, A unit lower triangular: coordinate i given those before it is Gaussian of width S_i about a linear
+    function of them, so that coordinates that share a bond are drawn together.
+
+    Args:
+        coupling: "constant" (A is a parameter of each kernel), "input" (A depends on h too) or "none" (A = 1).
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, n_in: int, period: Tensor, kernels: int, floor: float, coupling: str = "constant") -> None:
+        super().__init__(n_in, period)
+        self.kernels, self.floor, self.coupling = kernels, floor, coupling
+        d = self.n_out
+        n_low = d * (d - 1) // 2
+        self.n_low = n_low if coupling == "input" else 0
+        self.head = nn.Linear(n_in, kernels * (1 + 2 * d + self.n_low))
+        rows, columns = np.tril_indices(d, -1)
+        self.register_buffer("rows", torch.as_tensor(rows), persistent=False)
+        self.register_buffer("columns", torch.as_tensor(columns), persistent=False)
+        if coupling == "constant":
+            self.low = nn.Parameter(torch.zeros(kernels, n_low))
+        with torch.no_grad():
+            self.head.weight.mul_(0.5)
+            bias = self.head.bias.zero_()
+            bias[kernels : kernels * (1 + d)] = 0.5 * torch.randn(kernels * d)
+
+    def parts(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Log weights ``(n, K)``, centres and widths ``(n, K, D)``, and the free entries of A if they depend on h."""
+        k, d = self.kernels, self.n_out
+        raw = self.head(h)
+        w, m, s, low = raw.split([k, k * d, k * d, k * self.n_low], dim=-1)
+        sigma = self.floor + F.softplus(s.view(-1, k, d))
+        return F.log_softmax(w, -1), m.view(-1, k, d), sigma, low.view(-1, k, self.n_low) if self.n_low else None
+
+    def _matrix(self, low: Tensor) -> Tensor:
+        a = torch.zeros(*low.shape[:-1], self.n_out, self.n_out, dtype=low.dtype, device=low.device)
+        a[..., self.rows, self.columns] = low
+        return a
+
+    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+        logw, m, sigma, low = self.parts(h)
+        if origin is not None:
+            m = m + origin[:, None]
+        u = wrapped(y[:, None] - m, self.period) / sigma
+        e = u
+        if low is not None:
+            e = u + torch.einsum("nkij,nkj->nki", self._matrix(low), u)
+        elif self.coupling == "constant" and self.n_out > 1:
+            e = u + torch.einsum("kij,nkj->nki", self._matrix(self.low), u)
+        logp = -0.5 * e.square().sum(-1) - sigma.log().sum(-1) - 0.5 * self.n_out * math.log(2 * math.pi)
+        return -torch.logsumexp(logw + logp, -1)
+
+    def moments(self, h: Tensor) -> Tensor:
+        logw, m, _, _ = self.parts(h)
+        return torch.einsum("nk,nkd->nd", logw.exp(), m)
+
+    def sampler(self) -> Sampler:
+        k, d, floor, n_low = self.kernels, self.n_out, self.floor, self.n_low
+        weight, bias = (p.detach().cpu().numpy() for p in (self.head.weight, self.head.bias))
+        w_part, b_part = np.ascontiguousarray(weight[:k].T), bias[:k]
+        # parameters of the chosen kernel only: one small matrix per kernel, (n_in, 2 D + n_low)
+        own = [
+            np.concatenate([weight[k + j * d : k + (j + 1) * d],
+                            weight[k + (k + j) * d : k + (k + j + 1) * d],
+                            weight[k + 2 * k * d + j * n_low : k + 2 * k * d + (j + 1) * n_low]]).T.copy()
+            for j in range(k)
+        ]  # fmt: skip
+        own_bias = [
+            np.concatenate([bias[k + j * d : k + (j + 1) * d],
+                            bias[k + (k + j) * d : k + (k + j + 1) * d],
+                            bias[k + 2 * k * d + j * n_low : k + 2 * k * d + (j + 1) * n_low]])
+            for j in range(k)
+        ]  # fmt: skip
+        rows, columns = np.tril_indices(d, -1)
+        inverse = None
+        if self.coupling == "constant" and d > 1:
+            inverse = np.linalg.inv(np.eye(d) + self._matrix(self.low).detach().cpu().numpy()).astype(weight.dtype)
+
+        def spread(e: np.ndarray, low: np.ndarray | None, j: int) -> np.ndarray:
+            if inverse is not None:
+                return e @ inverse[j].T
+            if low is None:
+                return e
+            # forward substitution of (1 + A) u = e; d is small where A depends on the input
+            u = e.copy()
+            a = np.zeros((len(e), d, d), e.dtype)
+            a[:, rows, columns] = low
+            for i in range(1, d):
+                u[:, i] -= np.einsum("nj,nj->n", a[:, i, :i], u[:, :i])
+            return u
+
+        def draw(h: np.ndarray, random: np.random.Generator) -> np.ndarray:
+            chosen = pick(h @ w_part + b_part, random)
+            e = random.standard_normal((len(h), d), dtype=np.float32)
+            out = np.empty((len(h), d), h.dtype)
+            for j in range(k) if len(h) > 1 else (int(chosen[0]),):
+                which = slice(None) if len(h) == 1 else np.flatnonzero(chosen == j)
+                if len(h) > 1 and not len(which):  # type: ignore[arg-type]
+                    continue
+                raw = h[which] @ own[j] + own_bias[j]
+                sigma = floor + softplus(raw[:, d : 2 * d])
+                u = spread(e[which], raw[:, 2 * d :] if n_low else None, j)
+                out[which] = raw[:, :d] + sigma * u
+            return out
+
+        return draw
+
+
+def pick(logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """One index per row from the softmax of the last axis, by inversion of the cumulated weights."""
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    c = np.cumsum(p, -1)
+    level = random.random((*c.shape[:-1], 1)) * c[..., -1:]
+    return np.minimum((c < level).sum(-1), c.shape[-1] - 1)
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """ln(1 + e^x), without overflow."""
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+class DiagonalMixture(Density):
+    """K Gaussians per coordinate, independent of one another: p(y | h) = prod_i sum_k w_ik N(y_i; m_ik, s_ik^2)."""
+
+    def __init__(self, n_in: int, period: Tensor, kernels: int, floor: float) -> None:
+        super().__init__(n_in, period)
+        self.kernels, self.floor = kernels, floor
+        self.head = nn.Linear(n_in, 3 * self.n_out * kernels)
+        with torch.no_grad():
+            self.head.weight.mul_(0.5)
+            self.head.bias.zero_()
+            self.head.bias.view(3, -1)[1] = 0.5 * torch.randn(self.n_out * kernels)
+
+    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+        w, m, s = self.head(h).view(-1, 3, self.n_out, self.kernels).unbind(1)
+        sigma = self.floor + F.softplus(s)
+        centre = m if origin is None else m + origin[..., None]
+        r = wrapped(y[..., None] - centre, self.period[:, None]) / sigma
+        logp = -0.5 * r.square() - sigma.log() - 0.5 * math.log(2 * math.pi)
+        return -torch.logsumexp(F.log_softmax(w, -1) + logp, -1).sum(-1)
+
+    def moments(self, h: Tensor) -> Tensor:
+        w, m, _ = self.head(h).view(-1, 3, self.n_out, self.kernels).unbind(1)
+        return (w.softmax(-1) * m).sum(-1)
+
+    def sampler(self) -> Sampler:
+        weight, bias = self.head.weight.detach().cpu().numpy().T.copy(), self.head.bias.detach().cpu().numpy()
+        d, k, floor = self.n_out, self.kernels, self.floor
+
+        def draw(h: np.ndarray, random: np.random.Generator) -> np.ndarray:
+            raw = (h @ weight + bias).reshape(-1, 3, d, k)
+            chosen = pick(raw[:, 0], random)[..., None]
+            m, s = (np.take_along_axis(raw[:, i], chosen, -1)[..., 0] for i in (1, 2))
+            return m + (floor + softplus(s)) * random.standard_normal(m.shape, dtype=np.float32)
+
+        return draw
+
+
+class FixedKernels(Density):
+    """The published decoder: constant kernels, fitted to all data; only their weights depend on h.
+
+    Coordinates off circles are logits of (x - min) / (max - min) and have Gaussian kernels; those on circles have von
+    Mises kernels in radians. First `unconditional` (the kernels and constant weights are fitted), then frozen.
+
+    Args:
+        joint: one mixture over all coordinates (full covariance, none on a circle), instead of one per coordinate.
+    """
+
+    circular: Tensor
+
+    def __init__(self, n_in: int, period: Tensor, kernels: int, sigma_max: float, joint: bool) -> None:
+        super().__init__(n_in, period)
+        if joint and bool(torch.isfinite(period).any()):
+            raise ValueError("decoder: 'fixed_joint' has Gaussian kernels only, expected no coordinate on a circle")
+        self.kernels, self.sigma_max, self.joint = kernels, sigma_max, joint
+        shape = (kernels,) if joint else (self.n_out, kernels)
+        self.register_buffer("circular", torch.isfinite(period), persistent=False)
+        self.prior = nn.Parameter(torch.zeros(shape))
+        self.centre = nn.Parameter(torch.randn(self.n_out, kernels))
+        self.width = nn.Parameter(torch.zeros(self.n_out, kernels))
+        self.low = nn.Parameter(torch.full((kernels, self.n_out, self.n_out), 1e-3))
+        self.head = nn.Linear(n_in, self.prior.numel())
+        self.unconditional = True
+
+    def freeze(self) -> None:
+        """Second stage: kernels as they are, weights from h."""
+        self.unconditional = False
+        for p in (self.prior, self.centre, self.width, self.low):
+            p.requires_grad_(False)
+
+    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+        weights = self.prior.expand(len(y), *self.prior.shape) if self.unconditional else self.head(h)
+        logw = F.log_softmax(weights.reshape(len(y), *self.prior.shape), -1)
+        if self.joint:
+            factor = torch.tril(self.low, -1) + torch.diag_embed(
+                math.sqrt(self.sigma_max) * F.softplus(self.width.T) + 1e-4
+            )
+            kernel = torch.distributions.MultivariateNormal(self.centre.T, scale_tril=factor)
+            return -torch.logsumexp(logw + kernel.log_prob(y[:, None]), -1)
+        sigma = self.sigma_max * torch.sigmoid(self.width)
+        r = (y[..., None] - self.centre) / sigma
+        normal = -0.5 * r.square() - sigma.log() - 0.5 * math.log(2 * math.pi)
+        kappa = F.softplus(self.width)
+        log_i0 = torch.log(torch.special.i0e(kappa)) + kappa
+        mises = kappa * torch.cos(y[..., None] - self.centre) - log_i0 - math.log(2 * math.pi)
+        logp = torch.where(self.circular[:, None], mises, normal)
+        return -torch.logsumexp(logw + logp, -1).sum(-1)
+
+    def sampler(self) -> Sampler:
+        weight, bias = self.head.weight.detach().cpu().numpy().T.copy(), self.head.bias.detach().cpu().numpy()
+        centre, shape = self.centre.detach().cpu().numpy(), tuple(self.prior.shape)
+        raw = self.width.detach().cpu().numpy().astype(np.float64)
+        if self.joint:
+            factors = np.tril(self.low.detach().cpu().numpy(), -1).astype(np.float64)
+            index = np.arange(self.n_out)
+            factors[:, index, index] = math.sqrt(self.sigma_max) * softplus(raw.T) + 1e-4
+
+            def draw_joint(h: np.ndarray, random: np.random.Generator) -> np.ndarray:
+                chosen = pick(h @ weight + bias, random)
+                e = random.standard_normal((len(h), centre.shape[0]))
+                return centre.T[chosen] + np.einsum("nij,nj->ni", factors[chosen], e)
+
+            return draw_joint
+        sigma, kappa = self.sigma_max / (1 + np.exp(-raw)), softplus(raw)
+        circular, column = self.circular.cpu().numpy(), np.arange(self.n_out)
+
+        def draw(h: np.ndarray, random: np.random.Generator) -> np.ndarray:
+            chosen = pick((h @ weight + bias).reshape(-1, *shape), random)
+            out = centre[column, chosen] + sigma[column, chosen] * random.standard_normal(chosen.shape)
+            at = (column[circular], chosen[:, circular])
+            out[:, circular] = random.vonmises(centre[at], kappa[at])
+            return out
+
+        return draw

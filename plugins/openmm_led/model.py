@@ -1,0 +1,233 @@
+"""LED: encoder, mixture-density decoder and recurrent propagator, as one propagator of positions.
+
+Everything that runs at simulation time is numpy: for one walker a step of the latent dynamics costs tens of
+microseconds, most of which a tensor library would spend on dispatching.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from openmm import app
+
+from openmm_led.autoencoder import Autoencoder, Shapes
+from openmm_led.config import LEDConfig
+from openmm_led.features import Features
+from openmm_led.mixtures import Sampler
+from openmm_led.propagator import LatentRNN, Stepper
+from openmm_mlff.data import model_file
+from openmm_mlff.sampling.propagators import LatentState, Propagator
+
+FAMILY = "led"
+#: frames that go through features and encoder at once
+BATCH = 4096
+#: neighbours whose distance tells how well the training data support a latent point
+NEIGHBOURS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """Where the training data were in latent space, and how far from them is too far.
+
+    Attributes:
+        points: ``(m, latent_dim)``. distance: to the `NEIGHBOURS`-th nearest point; the largest one of any validation
+            frame. spread: of the members' predictions, likewise; infinite with one member.
+    """
+
+    points: np.ndarray
+    distance: float
+    spread: float
+
+
+class LED(Propagator):
+    """A trained model of latent dynamics; made by `openmm_led.training.LEDLearner`, or read by `load_propagator`.
+
+    Attributes:
+        config, features, autoencoder, rnns: what it is made of.
+        support: of the training data. details: what the card says beside (training data, accuracy, ...).
+    """
+
+    def __init__(
+        self,
+        config: LEDConfig,
+        features: Features,
+        autoencoder: Autoencoder,
+        rnns: list[LatentRNN],
+        *,
+        interval: float,
+        temperature: float | None = None,
+        support: Support | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.features = config, features
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.rnns = [rnn.eval().requires_grad_(False) for rnn in rnns]
+        self.latent_dim, self.n_atoms = config.latent_dim, features.n_atoms
+        self.interval, self.temperature = float(interval), temperature
+        self.support, self.details = support, dict(details or {})
+        self._steppers = [Stepper(rnn) for rnn in self.rnns]
+        self._trunk = _numpy_layers(autoencoder)
+        self._draw: Sampler = autoencoder.density.sampler()
+        self._tree: Any = None
+
+    def check_topology(self, topology: app.Topology) -> None:
+        self.features.check_topology(topology)
+
+    # -- positions <-> latent --------------------------------------------------------------------------------------
+
+    def encode(self, positions: np.ndarray) -> np.ndarray:
+        x = np.asarray(positions, dtype=np.float64)
+        if x.ndim != 3 or x.shape[1:] != (self.n_atoms, 3):
+            raise ValueError(f"positions: expected shape (n, {self.n_atoms}, 3), got {x.shape}")
+        return np.concatenate([self.encode_inputs(self.features.inputs(block)) for block in _blocks(x)])
+
+    def encode_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Latent coordinates ``(n, latent_dim)`` of encoder inputs ``(n, n_inputs)``."""
+        with torch.no_grad():
+            z = self.autoencoder.encode(torch.as_tensor(np.asarray(inputs), dtype=torch.float32))
+        return z.numpy().astype(np.float64)
+
+    def decode(self, z: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        return self.features.positions(self.decode_coordinates(z, random))
+
+    def decode_coordinates(self, z: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A sample of the coordinates ``(n, n_coordinates)`` (nm, rad) for latent coordinates ``(n, latent_dim)``."""
+        h = np.asarray(z, dtype=np.float32)
+        for weight, bias in self._trunk:
+            h = np.tanh(h @ weight + bias)
+        return self.autoencoder.scaler.back(self._draw(h, random))
+
+    # -- dynamics --------------------------------------------------------------------------------------------------
+
+    def start(self, history: np.ndarray) -> LatentState:
+        past = np.asarray(history, dtype=np.float32)
+        if past.ndim != 3 or past.shape[2] != self.latent_dim or past.shape[1] < 1:
+            raise ValueError(f"history: expected shape (n, n_frames, {self.latent_dim}), got {past.shape}")
+        memories = [stepper.blank(len(past)) for stepper in self._steppers]
+        for k in range(past.shape[1] - 1):
+            memories = [s.remember(past[:, k], m) for s, m in zip(self._steppers, memories, strict=True)]
+        return LatentState(past[:, -1].copy(), {f"memory_{i}": m for i, m in enumerate(memories)})
+
+    def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
+        z = state.z
+        if len(self._steppers) == 1:
+            later, memory = self._steppers[0].step(z, state.memory["memory_0"], random)
+            return LatentState(later, {"memory_0": memory})
+        # all members remember the same path; each walker takes its next step from one of them, drawn anew
+        memories = [s.remember(z, state.memory[f"memory_{i}"]) for i, s in enumerate(self._steppers)]
+        chosen = random.integers(len(self._steppers), size=len(z))
+        later = np.empty_like(z)
+        for i, stepper in enumerate(self._steppers):
+            mine = np.flatnonzero(chosen == i)
+            if len(mine):
+                later[mine] = z[mine] + stepper.draw(stepper.features(z[mine], memories[i][mine]), random)
+        return LatentState(later, {f"memory_{i}": m for i, m in enumerate(memories)})
+
+    def doubt(self, state: LatentState) -> np.ndarray:
+        """Distance from the training data, and spread of the members' predictions, each over its largest value in
+        the validation data; the larger of the two."""
+        if self.support is None:
+            return np.zeros(len(state))
+        found = self.distance(state.z) / self.support.distance
+        if len(self.rnns) > 1:
+            found = np.maximum(found, self.spread(state) / self.support.spread)
+        return found
+
+    def distance(self, z: np.ndarray) -> np.ndarray:
+        """To the `NEIGHBOURS`-th nearest latent point of the training data, ``(n,)``."""
+        if self._tree is None:
+            from scipy.spatial import cKDTree
+
+            assert self.support is not None
+            self._tree = cKDTree(self.support.points)
+        near, _ = self._tree.query(z, k=NEIGHBOURS)
+        return near[:, -1]
+
+    def spread(self, state: LatentState) -> np.ndarray:
+        """Root-mean-square difference of the members' mean predictions, ``(n,)``, in units of the latent."""
+        means = []
+        for i, stepper in enumerate(self._steppers):
+            after = stepper.remember(state.z, state.memory[f"memory_{i}"])
+            means.append(stepper.mean(stepper.features(state.z, after)))
+        return np.sqrt(np.mean(np.var(means, axis=0), axis=-1))
+
+    # -- model file ------------------------------------------------------------------------------------------------
+
+    def card(self) -> dict[str, Any]:
+        """The card of the model file."""
+        return {
+            "kind": "propagator",
+            "family": FAMILY,
+            "config": {
+                "form": "led",
+                "led": dataclasses.asdict(self.config),
+                "features": self.features.to_dict(),
+                "interval": self.interval,
+                "temperature": self.temperature,
+                "support": None if self.support is None else [self.support.distance, self.support.spread],
+            },
+            "units": {"length": "nm", "time": "ps", "angle": "rad"},
+            **self.details,
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the card needs beside it."""
+        found = {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
+        for i, rnn in enumerate(self.rnns):
+            found |= {f"rnn_{i}.{k}": v for k, v in rnn.state_dict().items()}
+        if self.support is not None:
+            found["support"] = torch.as_tensor(self.support.points)
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write a model file."""
+        return model_file.save(path, self.card(), self.tensors())
+
+    @classmethod
+    def from_card(cls, card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LED:
+        """The model of a card and its tensors; raises `ValueError` if they do not fit each other."""
+        stored = card["config"]
+        try:
+            config = LEDConfig(**stored["led"])
+            features = Features.from_dict(stored["features"])
+            autoencoder = Autoencoder(config, Shapes(features.n_inputs, np.asarray(features.periodic)))
+            rnns = [LatentRNN(config) for _ in range(config.members)]
+            autoencoder.load_state_dict(_part(tensors, "autoencoder."))
+            for i, rnn in enumerate(rnns):
+                rnn.load_state_dict(_part(tensors, f"rnn_{i}."))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"model: the card does not describe an LED model ({' '.join(str(error).split())[:300]})"
+            ) from error
+        support = None
+        if stored.get("support") is not None:
+            support = Support(tensors["support"].numpy(), *stored["support"])
+        details = {k: card[k] for k in model_file.CARD_FIELDS if k in card}
+        return cls(
+            config, features, autoencoder, rnns, interval=stored["interval"], temperature=stored["temperature"],
+            support=support, details=details,
+        )  # fmt: skip
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, max(len(x), 1), BATCH):
+        yield x[start : start + BATCH]
+
+
+def _numpy_layers(autoencoder: Autoencoder) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The decoder's trunk, the rotation of the latent coordinates folded into its first layer."""
+    linear = [layer for layer in autoencoder.trunk if isinstance(layer, torch.nn.Linear)]
+    layers = [(p.weight.detach().numpy().T, p.bias.detach().numpy()) for p in linear]
+    weight, bias = layers[0]
+    back, mean = autoencoder.z_back.numpy(), autoencoder.z_mean.numpy()
+    layers[0] = (back @ weight, mean @ weight + bias)
+    return [(np.ascontiguousarray(w, np.float32), np.asarray(b, np.float32)) for w, b in layers]

@@ -1,0 +1,224 @@
+"""trajectories -> a trained `LED`: autoencoder, decoder, then propagators, each a resumable run of the one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from openmm_led.autoencoder import Autoencoder, AutoencoderMethod, DecoderMethod, Shapes
+from openmm_led.config import LEDConfig, LEDOptions
+from openmm_led.features import Features
+from openmm_led.mixtures import FixedKernels
+from openmm_led.model import BATCH, LED, NEIGHBOURS, Support
+from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN
+from openmm_led.trajectories import Trajectories, check_separate, describe
+from openmm_mlff.data.jobs import claim_folder
+from openmm_mlff.training.loop import LoopOptions, averaged, fit
+
+#: latent points of the training data that the model keeps to know its support
+SUPPORT_POINTS = 5000
+#: fewer frames than this for each of the encoder's parameters' worth of structure is not worth training on
+LEAST_FRAMES = 100
+
+
+@dataclasses.dataclass
+class _Encoded:
+    """Inputs and coordinates of one set, all runs one after the other, and where runs begin."""
+
+    inputs: np.ndarray
+    coordinates: np.ndarray
+    lengths: list[int]
+
+    def pairs(self, lag: int) -> np.ndarray:
+        """First frames of all pairs that are `lag` apart."""
+        begin = np.cumsum([0, *self.lengths[:-1]])
+        return np.concatenate([b + np.arange(max(n - lag, 0)) for b, n in zip(begin, self.lengths, strict=True)])
+
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        return np.split(values, np.cumsum(self.lengths)[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class LEDLearner:
+    """Trains LED on runs of one molecule.
+
+        model = LEDLearner(features, LEDConfig(latent_dim=2)).fit(train, valid, folder="led-run", temperature=300.0)
+
+    Attributes:
+        features: of the molecule. config: sizes and forms. options: how long and with which seed.
+    """
+
+    features: Features
+    config: LEDConfig = dataclasses.field(default_factory=LEDConfig)
+    options: LEDOptions = dataclasses.field(default_factory=LEDOptions)
+
+    def fit(
+        self,
+        train: Trajectories,
+        valid: Trajectories,
+        folder: str | Path,
+        *,
+        temperature: float | None = None,
+        progress: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+        details: dict[str, Any] | None = None,
+    ) -> LED:
+        """Train, or go on where a run in `folder` was stopped.
+
+        Args:
+            train, valid: separate runs. temperature: of the data, K.
+            say: told one line per stage. details: further fields of the model card.
+
+        Raises `ValueError` for data that do not fit (see `Trajectories`, `check_separate`), fewer frames than the lag
+        or `LEAST_FRAMES`, a latent dimension above the rank of the data, and a `folder` of other settings;
+        `FloatingPointError` if a loss is not finite; `KeyboardInterrupt` after an interrupt, with everything saved.
+        """
+        folder = Path(folder)
+        self._check(train, valid)
+        about = describe({"train": train, "valid": valid})
+        settings = {"config": dataclasses.asdict(self.config), "options": dataclasses.asdict(self.options)}
+        claim_folder(folder, settings | {"features": self.features.to_dict(), "data": about})
+        features = self.features
+        if features.kind != "raw":
+            features = features.fit_template(np.concatenate(_spaced(train.frames, 5000)).astype(np.float64))
+        sets = {"train": _encoded(features, train), "valid": _encoded(features, valid)}
+        check_rank(sets["train"].inputs, self.config.latent_dim)
+        torch.manual_seed(self.options.seed)
+        autoencoder = Autoencoder(self.config, Shapes(features.n_inputs, np.asarray(features.periodic)))
+        autoencoder.fit_scales(sets["train"].inputs, sets["train"].coordinates)
+        slow = self._train_autoencoder(autoencoder, sets, folder, progress)
+        times = ["inf" if c >= 1 else f"{-train.interval * self.config.lag / np.log(c):.3g}" for c in slow if c > 0]
+        say(f"latent coordinates decorrelate in {', '.join(times)} ps (one exponential each)")
+        z = {name: _latent(autoencoder, s) for name, s in sets.items()}
+        rnns = [self._train_propagator(k, z, folder, progress) for k in range(self.config.members)]
+        model = LED(
+            self.config, features, autoencoder, rnns, interval=train.interval, temperature=temperature,
+            details={"training_data": about, "training": settings["options"], **(details or {})},
+        )  # fmt: skip
+        model.support = _support(model, z, self.options.seed)
+        return model
+
+    def _check(self, train: Trajectories, valid: Trajectories) -> None:
+        for t in (train, valid):
+            t.check_lag(max(self.config.lag, 1))
+            if t.frames[0].shape[1] != self.features.n_atoms:
+                raise ValueError(
+                    f"trajectories: expected the {self.features.n_atoms} atoms of the features' topology, "
+                    f"got {t.frames[0].shape[1]}"
+                )
+        if train.n_frames < LEAST_FRAMES:
+            raise ValueError(f"trajectories: expected at least {LEAST_FRAMES} training frames, got {train.n_frames}")
+        check_separate({"train": train, "valid": valid})
+
+    def _loop(self, steps: int, seed: int) -> LoopOptions:
+        rate = self.options.learning_rate
+        return LoopOptions(
+            steps=steps, learning_rate=rate, final_learning_rate=rate / 100, warmup_steps=min(100, steps // 5),
+            validate_every=max(1, min(500, steps // 10)), ema_decay=0.99, clip_norm=10.0, seed=seed,
+        )  # fmt: skip
+
+    def _run(self, model: nn.Module, method: Any, steps: int, folder: Path, seed: int, progress: bool) -> None:
+        state = fit(model, method, self._loop(steps, seed), folder, resume=True, progress=progress)
+        if state.step < steps:
+            raise KeyboardInterrupt
+        with averaged(state) as best:
+            model.load_state_dict(best.state_dict())
+
+    def _train_autoencoder(
+        self, model: Autoencoder, sets: dict[str, _Encoded], folder: Path, progress: bool
+    ) -> np.ndarray:
+        """Encoder (with a decoder), rotation of the latent coordinates, decoder; returns their autocorrelations."""
+        c, o = self.config, self.options
+        inputs, x = ({n: torch.as_tensor(getattr(s, what), dtype=torch.float32) for n, s in sets.items()}
+                     for what in ("inputs", "coordinates"))  # fmt: skip
+        data = {n: (inputs[n], x[n], s.pairs(c.lag)) for n, s in sets.items()}
+        method = AutoencoderMethod(c, data["train"], data["valid"], o.batch, o.seed)
+        fixed = isinstance(model.density, FixedKernels)
+        if isinstance(model.density, FixedKernels):
+            self._run(model, method, o.autoencoder_steps, folder / "kernels", o.seed, progress)
+            model.density.freeze()
+        self._run(model, method, o.autoencoder_steps, folder / "autoencoder", o.seed, progress)
+        with torch.no_grad():
+            u = torch.cat([model.raw(block) for block in inputs["train"].split(BATCH)]).numpy()
+        at = data["train"][2]
+        slow = model.orient(u[at], u[at + c.lag])
+        if not fixed:
+            z = {n: torch.as_tensor(np.concatenate(_latent(model, s)), dtype=torch.float32) for n, s in sets.items()}
+            pairs = ((z["train"], x["train"]), (z["valid"], x["valid"]))
+            self._run(model, DecoderMethod(*pairs, o.batch, o.seed), o.autoencoder_steps, folder / "decoder", o.seed,
+                      progress)  # fmt: skip
+        return slow
+
+    def _train_propagator(self, member: int, z: dict[str, list[np.ndarray]], folder: Path, progress: bool) -> LatentRNN:
+        o = self.options
+        seed = o.seed + 1000 * member
+        torch.manual_seed(seed)
+        lanes = min(o.lanes, len(z["train"]))
+        chunk = min(o.chunk, max(len(t) for t in z["train"]) - 1)
+        model = StatefulRNN(LatentRNN(self.config), lanes)
+        method = PropagatorMethod(z["train"], z["valid"], lanes, chunk, seed)
+        self._run(model, method, o.propagator_steps, folder / f"propagator_{member}", seed, progress)
+        return model.rnn
+
+
+def check_rank(inputs: np.ndarray, latent_dim: int) -> None:
+    """Raise `ValueError` if the inputs ``(n, n_inputs)`` vary in fewer than `latent_dim` directions."""
+    spread = inputs.std(0)
+    standard = (inputs - inputs.mean(0))[:, spread > 1e-6] / spread[spread > 1e-6]
+    values = np.linalg.eigvalsh(np.cov(standard.T).reshape(standard.shape[1], -1)) if standard.size else np.zeros(1)
+    rank = int(np.sum(values > 1e-8 * max(float(values[-1]), 1e-300)))
+    if latent_dim > rank:
+        raise ValueError(f"latent_dim: expected at most {rank}, the rank of the data's features, got {latent_dim}")
+
+
+def _spaced(frames: tuple[np.ndarray, ...], total: int) -> list[np.ndarray]:
+    each = max(1, total // len(frames))
+    return [f[np.linspace(0, len(f) - 1, min(each, len(f))).astype(int)] for f in frames]
+
+
+def _encoded(features: Features, data: Trajectories) -> _Encoded:
+    inputs, coordinates = [], []
+    for run in data.frames:
+        for start in range(0, len(run), BATCH):
+            block = run[start : start + BATCH].astype(np.float64)
+            inputs.append(np.asarray(features.inputs(block), dtype=np.float32))
+            coordinates.append(np.asarray(features.coordinates(block), dtype=np.float64))
+    return _Encoded(np.concatenate(inputs), np.concatenate(coordinates), [len(run) for run in data.frames])
+
+
+def _latent(model: Autoencoder, data: _Encoded) -> list[np.ndarray]:
+    with torch.no_grad():
+        blocks = torch.as_tensor(data.inputs).split(BATCH)
+        z = torch.cat([model.encode(block) for block in blocks]).numpy()
+    return data.split(z)
+
+
+def _support(model: LED, z: dict[str, list[np.ndarray]], seed: int) -> Support:
+    """Training points, and the largest distance and spread that validation frames reach."""
+    points = np.concatenate(z["train"])
+    random = np.random.default_rng([seed, 2])
+    # uniform in occupied cells rather than in time, so that rare states are supported as well
+    cells = np.unique(np.floor(points / 0.05), axis=0, return_inverse=True)[1].ravel()
+    weight = 1.0 / np.bincount(cells)[cells]
+    chosen = random.choice(len(points), min(SUPPORT_POINTS, len(points)), replace=False, p=weight / weight.sum())
+    model.support = Support(points[np.sort(chosen)], np.inf, np.inf)
+    valid = np.concatenate(z["valid"])
+    spaced = valid[np.linspace(0, len(valid) - 1, min(len(valid), 50_000)).astype(int)]
+    distance = float(model.distance(spaced).max())
+    spread = np.inf
+    if len(model.rnns) > 1:
+        history = np.stack([run[:200] for run in z["valid"] if len(run) >= 200] or [z["valid"][0]])
+        spread = float(
+            max(model.spread(model.start(history[:, : k + 1])).max() for k in range(0, history.shape[1], 10))
+        )
+    if not distance > 0:
+        raise ValueError(
+            f"trajectories: expected validation frames that differ from one another, got {NEIGHBOURS}+ equal"
+        )
+    return Support(model.support.points, distance, spread)

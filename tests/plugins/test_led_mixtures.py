@@ -1,0 +1,150 @@
+"""Mixture densities: likelihoods against torch.distributions, samples against likelihoods."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from openmm_led.mixtures import Density, DiagonalMixture, FixedKernels, JointMixture, pick, softplus
+
+OPEN = torch.full((3,), math.inf)
+
+
+def randomised(density: Density, seed: int = 0) -> Density:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in density.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator))
+    return density
+
+
+@pytest.fixture
+def h() -> Tensor:
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("coupling", ["constant", "input", "none"])
+def test_joint_mixture_is_a_mixture_of_multivariate_gaussians(coupling: str, h: Tensor) -> None:
+    density = randomised(JointMixture(4, OPEN, kernels=2, floor=0.1, coupling=coupling))
+    assert isinstance(density, JointMixture)
+    y = torch.randn(5, 3)
+    logw, m, sigma, low = density.parts(h)
+    a = torch.eye(3).expand(5, 2, 3, 3).clone()
+    if coupling != "none":
+        a = a + density._matrix(density.low.expand(5, -1, -1) if low is None else low)
+    factor = torch.diag_embed(sigma) @ torch.linalg.inv(a)
+    kernels = torch.distributions.MultivariateNormal(m, covariance_matrix=factor @ factor.mT)
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=logw), kernels)
+    np.testing.assert_allclose(density.nll(h, y).detach(), -mixture.log_prob(y).detach(), rtol=2e-4)
+    assert float(sigma.detach().min()) > 0.1
+
+
+def test_origin_shifts_the_kernels(h: Tensor) -> None:
+    density = randomised(JointMixture(4, OPEN, 3, 0.1))
+    y, origin = torch.randn(5, 3), torch.randn(5, 3)
+    np.testing.assert_allclose(
+        density.nll(h, y + origin, origin).detach(), density.nll(h, y).detach(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_diagonal_mixture_is_a_product_of_mixtures(h: Tensor) -> None:
+    density = randomised(DiagonalMixture(4, OPEN, kernels=3, floor=0.05))
+    assert isinstance(density, DiagonalMixture)
+    y = torch.randn(5, 3)
+    w, m, s = density.head(h).view(-1, 3, 3, 3).unbind(1)
+    kernels = torch.distributions.Normal(m, 0.05 + torch.nn.functional.softplus(s))
+    each = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=w), kernels).log_prob(y)
+    np.testing.assert_allclose(density.nll(h, y).detach(), -each.sum(-1).detach(), rtol=2e-5)
+
+
+def test_fixed_kernels_are_gaussians_and_von_mises(h: Tensor) -> None:
+    period = torch.tensor([math.inf, 2 * math.pi])
+    density = randomised(FixedKernels(4, period, kernels=2, sigma_max=0.6, joint=False))
+    assert isinstance(density, FixedKernels)
+    y = torch.tensor([[0.3, 3.0]] * 5)
+    before = density.nll(h, y)
+    assert float(before.detach().std()) < 1e-5  # no dependence on h in the first stage
+    density.freeze()
+    w = torch.log_softmax(density.head(h).view(5, 2, 2), -1)
+    normal = torch.distributions.Normal(density.centre[0], 0.6 * torch.sigmoid(density.width[0])).log_prob(y[0, 0])
+    mises = torch.distributions.VonMises(density.centre[1], torch.nn.functional.softplus(density.width[1])).log_prob(
+        y[0, 1]
+    )
+    expected = torch.logsumexp(w[:, 0] + normal, -1) + torch.logsumexp(w[:, 1] + mises, -1)
+    np.testing.assert_allclose(density.nll(h, y).detach(), -expected.detach(), rtol=1e-4)
+    assert [name for name, p in density.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+
+
+def test_joint_fixed_kernels_refuse_angles() -> None:
+    with pytest.raises(ValueError, match="fixed_joint"):
+        FixedKernels(4, torch.tensor([2 * math.pi]), 2, 0.6, joint=True)
+
+
+def one_dimensional(kind: str) -> tuple[Density, float]:
+    """A density of one coordinate, and how far to integrate."""
+    period = torch.tensor([2 * math.pi if kind == "circle" else math.inf])
+    if kind == "diagonal":
+        return DiagonalMixture(4, period, 3, 0.05), 12.0
+    if kind == "fixed":
+        density = FixedKernels(4, period, 3, 0.6, joint=False)
+        density.freeze()
+        return density, 12.0
+    return JointMixture(4, period, 3, 0.05), math.pi if kind == "circle" else 12.0
+
+
+@pytest.mark.parametrize("kind", ["joint", "diagonal", "fixed"])
+def test_samples_follow_the_likelihood(kind: str, h: Tensor) -> None:
+    density, far = one_dimensional(kind)
+    randomised(density)
+    grid = torch.linspace(-far, far, 4001)[:, None]
+    with torch.no_grad():
+        p = torch.exp(-density.nll(h[:1].expand(4001, -1), grid)).double().numpy()
+    step = 2 * far / 4000
+    assert p.sum() * step == pytest.approx(1.0, abs=1e-4)
+    draws = density.sampler()(h[:1].expand(20_000, -1).numpy(), np.random.default_rng(0))[:, 0]
+    cumulated = np.interp(np.sort(draws), grid[:, 0], np.cumsum(p) * step)
+    # Kolmogorov-Smirnov distance; 1.95 / sqrt(n) is exceeded once in a thousand
+    assert np.abs(cumulated - (np.arange(20_000) + 0.5) / 20_000).max() < 1.95 / math.sqrt(20_000)
+
+
+def test_correlated_samples_have_the_covariance_of_their_kernel() -> None:
+    for coupling in ("constant", "input"):
+        density = randomised(JointMixture(2, OPEN, kernels=1, floor=0.1, coupling=coupling), seed=3)
+        assert isinstance(density, JointMixture)
+        h = torch.tensor([[0.3, -0.2]])
+        _, m, sigma, low = density.parts(h)
+        a = torch.eye(3) + density._matrix(density.low if low is None else low[0])[0]
+        factor = (torch.diag(sigma[0, 0]) @ torch.linalg.inv(a)).detach().numpy()
+        draws = density.sampler()(h.expand(40_000, -1).numpy(), np.random.default_rng(1))
+        expected = factor @ factor.T
+        np.testing.assert_allclose(np.cov(draws.T), expected, atol=0.04 * np.abs(expected).max())
+        np.testing.assert_allclose(draws.mean(0), m[0, 0].detach(), atol=0.02)
+
+
+def test_one_walker_draws_from_the_same_distribution_as_many(h: Tensor) -> None:
+    density = randomised(JointMixture(4, OPEN, 3, 0.1, coupling="input"))
+    draw, random = density.sampler(), np.random.default_rng(2)
+    single = np.concatenate([draw(h[:1].numpy(), random) for _ in range(4000)])
+    many = draw(h[:1].expand(4000, -1).numpy(), random)
+    error = np.sqrt(single.var(0) / 4000 + many.var(0) / 4000)
+    assert (np.abs(single.mean(0) - many.mean(0)) < 4 * error).all()
+    np.testing.assert_allclose(single.std(0), many.std(0), rtol=0.1)
+
+
+def test_angles_are_compared_around_the_circle(h: Tensor) -> None:
+    period = torch.tensor([2 * math.pi, math.inf])
+    for density in (JointMixture(4, period, 2, 0.1), DiagonalMixture(4, period, 2, 0.1)):
+        y = torch.tensor([[3.0, 0.4]]).expand(5, -1)
+        around = y + torch.tensor([2 * math.pi, 0.0])
+        np.testing.assert_allclose(density.nll(h, y).detach(), density.nll(h, around).detach(), rtol=1e-4)
+
+
+def test_pick_follows_the_weights_and_softplus_does_not_overflow() -> None:
+    logits = np.log(np.array([[0.1, 0.6, 0.3]])).repeat(30_000, 0)
+    shares = np.bincount(pick(logits, np.random.default_rng(0)), minlength=3) / 30_000
+    np.testing.assert_allclose(shares, [0.1, 0.6, 0.3], atol=0.012)
+    np.testing.assert_allclose(softplus(np.array([-800.0, 0.0, 800.0])), [0.0, math.log(2.0), 800.0])
