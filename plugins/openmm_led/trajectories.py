@@ -110,10 +110,10 @@ def read_trajectories(
     Raises `ValueError` for other numbers of atoms, uneven or different times between frames, and NaN frames.
     """
     import mdtraj
-    from openmm_mlff.sampling.led_simulation import solute_atoms
+    from openmm_mlff.sampling.systems import select
 
     whole = mdtraj.Topology.from_openmm(topology)
-    keep = np.asarray(solute_atoms(topology) if atoms is None else list(atoms))
+    keep = np.asarray(select(topology, "auto") if atoms is None else list(atoms))
     found, spacings = [], []
     for path in map(Path, paths):
         if not path.is_file():
