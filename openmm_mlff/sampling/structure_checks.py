@@ -211,3 +211,38 @@ def _lengths(positions: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 def _volumes(positions: np.ndarray, quartets: np.ndarray) -> np.ndarray:
     return chiral_volume(positions[quartets], (0, 1, 2, 3))
+
+
+def whole(topology: app.Topology, positions: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Positions ``(n, 3)`` with every bonded neighbour at its nearest image, and all parts near the first one.
+
+    Args:
+        box: vectors as rows in OpenMM's reduced form, ``(3, 3)``, in the unit of the positions.
+    """
+    near: list[list[int]] = [[] for _ in range(topology.getNumAtoms())]
+    for bond in topology.bonds():
+        near[bond[0].index].append(bond[1].index)
+        near[bond[1].index].append(bond[0].index)
+    made = np.array(positions, dtype=np.float64)
+    seen = np.zeros(len(near), dtype=bool)
+    middle: np.ndarray | None = None
+    for first in range(len(near)):
+        if seen[first]:
+            continue
+        seen[first], part = True, [first]
+        for i in part:  # grows while it is read
+            for j in near[i]:
+                if not seen[j]:
+                    seen[j] = True
+                    made[j] = made[i] + _nearest_image(made[j] - made[i], box)
+                    part.append(j)
+        here = made[part].mean(axis=0)
+        middle = here if middle is None else middle
+        made[part] += middle + _nearest_image(here - middle, box) - here
+    return made
+
+
+def _nearest_image(apart: np.ndarray, box: np.ndarray) -> np.ndarray:
+    for k in (2, 1, 0):
+        apart = apart - np.rint(apart[k] / box[k, k]) * box[k]
+    return apart

@@ -1,0 +1,124 @@
+"""a run of latent and molecular dynamics <-> one file that is always whole.
+
+A safetensors file: arrays with all their digits, and plain data (counters, random generators, what reporters have
+written) as JSON in its metadata. Nothing in it is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from openmm_mlff.sampling.led_dynamics import Walker
+from openmm_mlff.sampling.led_records import WARMUP
+from openmm_mlff.sampling.propagators import LatentState
+from openmm_mlff.sampling.settings import write_bytes
+
+FORMAT = "openmm-mlff LED checkpoint"
+VERSION = 1
+_COUNTERS = ("frame", "rounds", "left", "since")
+
+
+@dataclass
+class LEDState:
+    """Where all walkers are; everything that the rest of a run depends on, its settings apart.
+
+    Attributes:
+        walkers: in molecular dynamics (MD), or where they left it. latent: state of all; None before the first start.
+        random: of latent steps. highest: potential energy seen in MD, kJ/mol.
+        frame, rounds: made by each walker, ``(n,)``. phase: `WARMUP`, `MACRO` or `MICRO`. left: frames of the phase.
+        since: latent frames since MD; -1 while MD is under way. cause: of the latest change to MD.
+        history: latent coordinates of the frames of MD under way, ``(k, latent_dim)`` arrays per walker.
+    """
+
+    walkers: list[Walker]
+    random: np.random.Generator
+    frame: np.ndarray
+    rounds: np.ndarray
+    left: np.ndarray
+    since: np.ndarray
+    phase: np.ndarray
+    cause: np.ndarray
+    history: list[list[np.ndarray]]
+    latent: LatentState | None = None
+    highest: float = -float("inf")
+
+    @classmethod
+    def start(cls, walkers: list[Walker], warmup: int, seed: int) -> LEDState:
+        """Before the first frame."""
+        n = len(walkers)
+        zero = np.zeros(n, dtype=np.int64)
+        return cls(
+            walkers, np.random.default_rng(seed), zero.copy(), zero.copy(), zero + warmup, zero.copy(),
+            np.full(n, WARMUP, dtype=object), np.full(n, "start", dtype=object), [[] for _ in range(n)],
+        )  # fmt: skip
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Plain data and arrays."""
+        arrays = {
+            name: np.stack([getattr(w, name) for w in self.walkers]) for name in ("positions", "velocities", "box")
+        }
+        arrays |= {name: getattr(self, name) for name in _COUNTERS}
+        arrays |= {f"history/{k}": np.concatenate(h) for k, h in enumerate(self.history) if h}
+        if self.latent is not None:
+            arrays |= {"z": self.latent.z} | {f"memory/{name}": m for name, m in self.latent.memory.items()}
+        facts = {
+            "phase": self.phase.tolist(),
+            "cause": self.cause.tolist(),
+            "random": self.random.bit_generator.state,
+            "highest": float(self.highest),
+        }
+        return facts, arrays
+
+    @classmethod
+    def unpack(cls, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> LEDState:
+        """The inverse of `pack`."""
+        poses = zip(arrays["positions"], arrays["velocities"], arrays["box"], strict=True)
+        walkers = [Walker(*(np.array(a) for a in pose)) for pose in poses]
+        random = np.random.default_rng()
+        random.bit_generator.state = facts["random"]
+        memory = {name.removeprefix("memory/"): np.array(m) for name, m in arrays.items() if name.startswith("memory/")}
+        histories = [f"history/{k}" for k in range(len(walkers))]
+        frame, rounds, left, since = (np.array(arrays[name]) for name in _COUNTERS)
+        phase, cause = (np.array(facts[name], dtype=object) for name in ("phase", "cause"))
+        history = [[np.array(arrays[h])] if h in arrays else [] for h in histories]
+        latent = LatentState(np.array(arrays["z"]), memory) if "z" in arrays else None
+        highest = float(facts["highest"])
+        return cls(walkers, random, frame, rounds, left, since, phase, cause, history, latent, highest)
+
+
+def write(path: str | Path, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write under a temporary name and move."""
+    text = json.dumps({"version": VERSION, **facts})
+    ordered = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(ordered, metadata={"format": FORMAT, "facts": text}))
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Facts and arrays.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file that is damaged, no such checkpoint, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {path.name} is damaged or no checkpoint ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path: {path.name} is a safetensors file, but not a checkpoint of a LEDSimulation")
+    facts = json.loads(metadata["facts"])
+    if facts["version"] > VERSION:
+        raise ValueError(f"path: {path.name} has version {facts['version']}, this package reads up to {VERSION}")
+    return facts, arrays
