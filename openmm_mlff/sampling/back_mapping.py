@@ -21,7 +21,7 @@ from openmm import app
 from openmm_mlff.sampling.checkpoints import seed_for
 from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
 from openmm_mlff.sampling.settings import require_positive, require_whole
-from openmm_mlff.sampling.structure_checks import StructureChecks, rms_distance
+from openmm_mlff.sampling.structure_checks import StructureChecks
 
 #: global parameter of the restraint: its force constant, kJ/mol/nm^2
 STRENGTH = "back_mapping_restraint"
@@ -267,7 +267,8 @@ class _Attempt:
         heavy = self._solute[self._mapper.heavy]
         reason = self._look("minimized")
         if not reason and len(heavy):
-            self._moved = rms_distance(self._last[heavy], self._start[heavy])
+            apart = self._last[heavy] - self._start[heavy]
+            self._moved = float(np.sqrt(np.mean(np.sum(apart**2, axis=1))))
             reason = "moved" if self._moved > settings.max_moved else ""
         if not reason and self._energies["minimized"] > limit:
             reason = "energy"

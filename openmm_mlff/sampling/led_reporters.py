@@ -155,8 +155,8 @@ class RoundReporter(_Table):
 class BackMappedReporter(LEDReporter):
     """A trajectory of the solute (DCD or XTC by the ending): decoded frames of latent steps, and those of MD.
 
-    All are superposed on the start by their heavy atoms, because what is decoded has no place of its own. Decoded
-    frames are not relaxed.
+    All are superposed on the start by their heavy atoms, because what is decoded has no place of its own (unless the
+    simulation says so). Decoded frames are not relaxed.
 
     Args:
         path: of the file; with several walkers there is one each, ``name-0.dcd`` and so on.
@@ -195,8 +195,8 @@ class BackMappedReporter(LEDReporter):
         else:
             positions = frames.positions[i, k]
         for walker, x in zip(frames.walkers[i], positions, strict=True):
-            placed = superpose(x, simulation.reference, simulation.heavy)
-            self._files[walker].write(placed)
+            fitted = superpose(x, simulation.reference, simulation.heavy) if simulation.superpose else x
+            self._files[walker].write(fitted)
 
     def state(self) -> dict[str, Any]:
         files = [f.state() for f in self._files]

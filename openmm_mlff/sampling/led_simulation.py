@@ -51,11 +51,14 @@ from openmm_mlff.sampling.reporters import ProgressBar
 from openmm_mlff.sampling.settings import require_whole
 from openmm_mlff.sampling.solvent import SolventBox
 from openmm_mlff.sampling.structure_checks import whole
+from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 #: latent steps between two looks at the model's doubt
 WATCH_EVERY = 10
 #: above it the model should not be trusted
 DOUBT = 1.0
+#: a decoded and minimised structure may lie so many kT above the highest energy that MD has had
+MARGIN = 10.0
 
 
 class LEDSimulation:
@@ -76,6 +79,8 @@ class LEDSimulation:
             is doubted are dropped, and MD goes on from the block's start.
         integrator: for MD instead of the Langevin one of `temperature`, `friction` and `timestep`.
         allow_other_temperature: accept a model that was trained at another temperature.
+        superpose: put what is decoded on to the last structure of MD; False leaves it where it is decoded, which is
+            for particles in a field. None: unless the solute is a single particle.
         failure: folder for the state of a run that failed.
 
     Attributes:
@@ -107,6 +112,7 @@ class LEDSimulation:
         watch: bool = True,
         integrator: openmm.Integrator | None = None,
         allow_other_temperature: bool = False,
+        superpose: bool | None = None,
         failure: str | Path = "failure",
     ) -> None:
         for name, value, least in (("macro_steps", macro_steps, 1), ("micro_steps", micro_steps, 0),
@@ -125,7 +131,8 @@ class LEDSimulation:
         check_model(self.model, self.solute_topology)
         self.macro_steps, self.micro_steps, self.warmup, self.n_walkers = macro_steps, micro_steps, warmup, n_walkers
         self._watch, self._seed, self._failure = watch, seed, Path(failure)
-        self._solvent = SolventBox(topology, self.solute)
+        self.superpose = len(self.solute) > 1 if superpose is None else superpose
+        self._solvent = SolventBox(topology, self.solute, self.superpose)
         if self._solvent.molecules and not system.usesPeriodicBoundaryConditions():
             raise ValueError("system: expected a periodic box around the solvent, got none")
         self._relaxation = relaxation or relaxation_settings(equilibration)
@@ -326,7 +333,8 @@ class LEDSimulation:
         if at.since[k] > 0:
             seed = seed_for(self._seed, f"return of walker {k}", int(at.frame[k]))
             rebuild = Rebuilder(self.model, self._solvent, self._mapper, self.statistics)
-            found = rebuild(z, at.walkers[k], seed, dict(self.context.getParameters()), at.highest)
+            limit = at.highest + MARGIN * BOLTZMANN_KJ_PER_MOL * self.temperature
+            found = rebuild(z, at.walkers[k], seed, dict(self.context.getParameters()), limit)
             reports, moved = found.reports, found.solvent_moved
             at.walkers[k] = found.walker or at.walkers[k]
         record = self._record(k, z, reports, moved, time.perf_counter() - begin)

@@ -49,6 +49,8 @@ class SolventBox:
 
     Args:
         topology: of the whole box. solute: indices of the solute's atoms.
+        superpose: put new conformations on to the old one; False takes them where they are, which is for particles
+            in a field, where the place matters.
 
     Attributes:
         molecules: atom indices of each solvent molecule (everything that is not the solute: water, ions, cosolvents).
@@ -56,7 +58,8 @@ class SolventBox:
     Raises `ValueError` if a molecule belongs to the solute with some of its atoms only.
     """
 
-    def __init__(self, topology: app.Topology, solute: Sequence[int] | np.ndarray) -> None:
+    def __init__(self, topology: app.Topology, solute: Sequence[int] | np.ndarray, superpose: bool = True) -> None:
+        self._superpose = superpose
         self.solute = np.asarray(solute, dtype=np.int64)
         self._n = topology.getNumAtoms()
         elements = [a.element for a in topology.atoms()]
@@ -86,7 +89,7 @@ class SolventBox:
 
         Args:
             positions: of all particles, ``(n_particles, 3)`` nm, molecules whole. solute: of the new conformation,
-                ``(n_solute, 3)`` nm, anywhere; it is superposed on the old one by its heavy atoms.
+                ``(n_solute, 3)`` nm; unless told otherwise it is superposed on the old one by its heavy atoms.
             box: vectors, ``(3, 3)`` nm; not needed without solvent. random: for orientations.
 
         Raises `ValueError` for other shapes, or solvent without a box.
@@ -98,7 +101,8 @@ class SolventBox:
                 f"{np.shape(solute)}"
             )
         placed = np.array(positions, dtype=np.float64)
-        placed[self.solute] = superpose(np.asarray(solute), placed[self.solute], self._fit)
+        new = np.asarray(solute, dtype=np.float64)
+        placed[self.solute] = superpose(new, placed[self.solute], self._fit) if self._superpose else new
         if not self.molecules:
             return Insertion(placed, (), float("inf"))
         if box is None:

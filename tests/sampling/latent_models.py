@@ -106,3 +106,38 @@ def diatomic() -> tuple[openmm.System, app.Topology, np.ndarray]:
         system.addParticle(35.45)
     system.addForce(bond)
     return system, topology, np.array([[0.0, 0, 0], [BondModel.length, 0, 0]])
+
+
+class PlaceModel(Propagator):
+    """Where a particle is in a harmonic well, drawn anew in every step from its Gaussian."""
+
+    latent_dim, interval, n_atoms, temperature = 3, 0.05, 1, 300.0
+    centre, stiffness = np.array([3.0, -2.0, 5.0]), 5000.0
+
+    def check_topology(self, topology: app.Topology) -> None:
+        pass
+
+    def encode(self, positions: np.ndarray) -> np.ndarray:
+        return positions[:, 0]
+
+    def decode(self, z: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        return z[:, None]
+
+    def start(self, history: np.ndarray) -> LatentState:
+        return LatentState(history[:, -1].copy())
+
+    def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
+        width = np.sqrt(BOLTZMANN_KJ_PER_MOL * 300.0 / self.stiffness)
+        return LatentState(self.centre + width * random.normal(size=state.z.shape))
+
+
+def particle() -> tuple[openmm.System, app.Topology, np.ndarray]:
+    """The particle of `PlaceModel`, without an element."""
+    system, topology = openmm.System(), app.Topology()
+    topology.addAtom("P", None, topology.addResidue("P", topology.addChain()))
+    x, y, z = PlaceModel.centre
+    well = openmm.CustomExternalForce(f"0.5*{PlaceModel.stiffness}*((x-{x})^2+(y-({y}))^2+(z-{z})^2)")
+    well.addParticle(0)
+    system.addParticle(40.0)
+    system.addForce(well)
+    return system, topology, PlaceModel.centre[None].copy()

@@ -23,7 +23,7 @@ from openmm_mlff.sampling.propagators import LatentState
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 from .copies import Molecule
-from .latent_models import TORSIONS, BondModel, TorsionModel, diatomic
+from .latent_models import TORSIONS, BondModel, PlaceModel, TorsionModel, diatomic, particle
 
 QUICK = RelaxationSettings(restrained=0.02, free=0.08, iterations=100)
 Make = Callable[..., LEDSimulation]
@@ -200,14 +200,44 @@ def test_energies_of_an_exact_model_are_those_of_its_temperature(tmp_path: Path)
     assert energies.std(ddof=1) / np.sqrt(len(energies)) < 0.1 * half_kt
 
 
+def test_a_particle_in_a_field_keeps_its_place(tmp_path: Path) -> None:
+    """Its potential energy is 3 kT/2 on average, and what is decoded is where dynamics go on."""
+    system, topology, positions = particle()
+    recorder = Recorder()
+    # no minimisation to speak of: the well would draw the particle to its middle
+    relaxation = RelaxationSettings(tight=1e9, loose=1e9, restrained=0.0, free=0.0)
+    simulation = LEDSimulation(
+        system, topology, PlaceModel(), timestep=0.002, macro_steps=1, micro_steps=1, warmup=20, relaxation=relaxation,
+        failure=tmp_path, seed=3,
+    )  # fmt: skip
+    simulation.setPositions(positions)
+    simulation.reporters += [recorder, BackMappedReporter(tmp_path / "p.dcd")]
+    simulation.run_rounds(400)
+    assert simulation.statistics.fallbacks == 0
+    for record in recorder.returns:
+        np.testing.assert_allclose(record.z_relaxed, record.z_decoded, atol=1e-4)
+    energies = np.array([f.energies[0, 0] for f in recorder.all if f.phase == MICRO and f.energies is not None])
+    kt = BOLTZMANN_KJ_PER_MOL * 300.0
+    assert abs(energies.mean() - 1.5 * kt) < 4 * np.sqrt(1.5 / 400) * kt
+    frames = mdtraj.load(str(tmp_path / "p.dcd"), top=str(pdb_of(topology, positions, tmp_path)))
+    z = np.concatenate([f.z[0] for f in recorder.all])
+    np.testing.assert_allclose(frames.xyz[:, 0], z, atol=1e-4)
+
+
+def pdb_of(topology: app.Topology, positions: np.ndarray, folder: Path) -> Path:
+    with open(folder / "top.pdb", "w", encoding="utf-8") as file:
+        app.PDBFile.writeFile(topology, positions * unit.nanometer, file)
+    return folder / "top.pdb"
+
+
 def test_energies_of_returns_are_those_of_md(make: Make) -> None:
-    simulation, recorder = make(warmup=100, relaxation=RelaxationSettings(), macro_steps=4, micro_steps=2), Recorder()
+    simulation, recorder = make(warmup=100, relaxation=RelaxationSettings(), macro_steps=4, micro_steps=1), Recorder()
     simulation.reporters.append(recorder)
-    simulation.run_rounds(30)
+    simulation.run_rounds(20)
     md = np.concatenate([f.energies[0] for f in recorder.all if f.phase == WARMUP and f.energies is not None])
     back = np.array([r.energies["equilibrated"] for r in recorder.returns])
     # the spread of MD's energies; their mean is worth about 10 independent ones
-    assert abs(back.mean() - md.mean()) < 4 * md.std() * np.sqrt(1 / 10 + 1 / 30)
+    assert abs(back.mean() - md.mean()) < 4 * md.std() * np.sqrt(1 / 10 + 1 / 20)
 
 
 # -- doubt ---------------------------------------------------------------------------------------------------------
