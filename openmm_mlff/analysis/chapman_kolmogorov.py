@@ -100,10 +100,12 @@ def chapman_kolmogorov(
 
     def both(weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         chain = base.model(reversible, weight)
-        start = _between(chain, np.eye(len(chain.matrix)), sets)
-        powers = [_between(chain, np.linalg.matrix_power(chain.matrix, int(k)), sets) for k in multiples]
+        start = np.zeros(len(sets))
+        start[chain.symbols] = chain.stationary
+        zero = _between(chain, np.eye(len(chain.matrix)), sets, start)
+        powers = [_between(chain, np.linalg.matrix_power(chain.matrix, int(k)), sets, start) for k in multiples]
         models = [transitions.model(reversible, weight) for transitions in longer]
-        return np.stack([start, *powers]), np.stack([start, *(_between(m, m.matrix, sets) for m in models)])
+        return np.stack([zero, *powers]), np.stack([zero, *(_between(m, m.matrix, sets, start) for m in models)])
 
     predicted, estimated = both(None)
     random = np.random.default_rng(seed)
@@ -114,9 +116,12 @@ def chapman_kolmogorov(
     return ChapmanKolmogorov(times, predicted, *of_predicted, estimated, *of_estimated, sets)
 
 
-def _between(chain: Chain, matrix: np.ndarray, memberships: np.ndarray) -> np.ndarray:
-    """Probability to be in set j, having started in set i with the stationary weights, ``(n_sets, n_sets)``."""
+def _between(chain: Chain, matrix: np.ndarray, memberships: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Probability to be in set j, having started in set i with the weights `start` of the states, ``(n_sets, n_sets)``.
+
+    The weights are those of the model at the lag, for all multiples.
+    """
     member = memberships[chain.symbols]
-    start = chain.stationary[:, None] * member
+    weight = start[chain.symbols, None] * member
     with np.errstate(invalid="ignore"):
-        return (start.T @ matrix @ member) / start.sum(0)[:, None]
+        return (weight.T @ matrix @ member) / weight.sum(0)[:, None]
