@@ -115,56 +115,71 @@ class JointMixture(Density):
         logw, m, _, _ = self.parts(h)
         return torch.einsum("nk,nkd->nd", logw.exp(), m)
 
-    def sampler(self) -> Sampler:
-        k, d, floor, n_low = self.kernels, self.n_out, self.floor, self.n_low
-        weight, bias = (p.detach().cpu().numpy() for p in (self.head.weight, self.head.bias))
-        w_part, b_part = np.ascontiguousarray(weight[:k].T), bias[:k]
+    def sampler(self) -> JointSampler:
+        return JointSampler(self)
+
+
+class JointSampler:
+    """Draws from a `JointMixture` by its parameters at the time of making; `kernel` and `within` are its two halves."""
+
+    def __init__(self, mixture: JointMixture) -> None:
+        k, d, n_low = mixture.kernels, mixture.n_out, mixture.n_low
+        self.kernels, self.n_out, self.n_low, self.floor = k, d, n_low, mixture.floor
+        weight, bias = (p.detach().cpu().numpy() for p in (mixture.head.weight, mixture.head.bias))
+        self._weight, self._bias = np.ascontiguousarray(weight[:k].T), bias[:k]
         # parameters of the chosen kernel only: one small matrix per kernel, (n_in, 2 D + n_low)
         own = [
-            np.concatenate([weight[k + j * d : k + (j + 1) * d],
-                            weight[k + (k + j) * d : k + (k + j + 1) * d],
-                            weight[k + 2 * k * d + j * n_low : k + 2 * k * d + (j + 1) * n_low]]).T.copy()
+            np.r_[k + j * d : k + (j + 1) * d, k + (k + j) * d : k + (k + j + 1) * d,
+                  k + 2 * k * d + j * n_low : k + 2 * k * d + (j + 1) * n_low]
             for j in range(k)
         ]  # fmt: skip
-        own_bias = [
-            np.concatenate([bias[k + j * d : k + (j + 1) * d],
-                            bias[k + (k + j) * d : k + (k + j + 1) * d],
-                            bias[k + 2 * k * d + j * n_low : k + 2 * k * d + (j + 1) * n_low]])
-            for j in range(k)
-        ]  # fmt: skip
-        rows, columns = np.tril_indices(d, -1)
-        inverse = None
-        if self.coupling == "constant" and d > 1:
-            inverse = np.linalg.inv(np.eye(d) + self._matrix(self.low).detach().cpu().numpy()).astype(weight.dtype)
+        self._own = [(np.ascontiguousarray(weight[rows].T), bias[rows]) for rows in own]
+        self._rows, self._columns = np.tril_indices(d, -1)
+        self._inverse = None
+        if mixture.coupling == "constant" and d > 1:
+            low = mixture._matrix(mixture.low).detach().cpu().numpy()
+            self._inverse = np.linalg.inv(np.eye(d) + low).astype(weight.dtype).transpose(0, 2, 1).copy()
 
-        def spread(e: np.ndarray, low: np.ndarray | None, j: int) -> np.ndarray:
-            if inverse is not None:
-                return e @ inverse[j].T
-            if low is None:
-                return e
-            # forward substitution of (1 + A) u = e; d is small where A depends on the input
-            u = e.copy()
-            a = np.zeros((len(e), d, d), e.dtype)
-            a[:, rows, columns] = low
-            for i in range(1, d):
-                u[:, i] -= np.einsum("nj,nj->n", a[:, i, :i], u[:, :i])
-            return u
+    def __call__(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        return self.within(h, self.kernel(h, random), random)
 
-        def draw(h: np.ndarray, random: np.random.Generator) -> np.ndarray:
-            chosen = pick(h @ w_part + b_part, random)
-            e = random.standard_normal((len(h), d), dtype=np.float32)
-            out = np.empty((len(h), d), h.dtype)
-            for j in range(k) if len(h) > 1 else (int(chosen[0]),):
-                which = slice(None) if len(h) == 1 else np.flatnonzero(chosen == j)
-                if len(h) > 1 and not len(which):  # type: ignore[arg-type]
-                    continue
-                raw = h[which] @ own[j] + own_bias[j]
-                sigma = floor + softplus(raw[:, d : 2 * d])
-                u = spread(e[which], raw[:, 2 * d :] if n_low else None, j)
-                out[which] = raw[:, :d] + sigma * u
-            return out
+    def kernel(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A kernel for each row of h, ``(n,)``."""
+        return pick(h @ self._weight + self._bias, random)
 
-        return draw
+    def within(self, h: np.ndarray, kernel: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A sample of each row's kernel, ``(n, n_out)``."""
+        e = random.standard_normal((len(h), self.n_out), dtype=np.float32)
+        if len(h) == 1:
+            return self._sample(h, e, int(kernel[0]))
+        out = np.empty((len(h), self.n_out), h.dtype)
+        order = np.argsort(kernel, kind="stable")
+        ends = np.searchsorted(kernel[order], np.arange(self.kernels + 1))
+        for j in range(self.kernels):
+            which = order[ends[j] : ends[j + 1]]
+            if len(which):
+                out[which] = self._sample(h[which], e[which], j)
+        return out
+
+    def _sample(self, h: np.ndarray, e: np.ndarray, j: int) -> np.ndarray:
+        d = self.n_out
+        weight, bias = self._own[j]
+        raw = h @ weight + bias
+        return raw[:, :d] + (self.floor + softplus(raw[:, d : 2 * d])) * self._coupled(e, raw[:, 2 * d :], j)
+
+    def _coupled(self, e: np.ndarray, low: np.ndarray, j: int) -> np.ndarray:
+        """u = A^-1 e of the j-th kernel."""
+        if self._inverse is not None:
+            return e @ self._inverse[j]
+        if not self.n_low:
+            return e
+        # forward substitution; there are few dimensions where A depends on the input
+        d, u = self.n_out, e.copy()
+        a = np.zeros((len(e), d, d), e.dtype)
+        a[:, self._rows, self._columns] = low
+        for i in range(1, d):
+            u[:, i] -= np.einsum("nj,nj->n", a[:, i, :i], u[:, :i])
+        return u
 
 
 def pick(logits: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -20,28 +20,15 @@ from openmm_led.config import LEDConfig
 from openmm_led.features import Features
 from openmm_led.mixtures import Sampler
 from openmm_led.propagator import LatentRNN, Stepper
+from openmm_led.support import Support
 from openmm_mlff.data import model_file
 from openmm_mlff.sampling.propagators import LatentState, Propagator
 
 FAMILY = "led"
 #: frames that go through features and encoder at once
 BATCH = 4096
-#: neighbours whose distance tells how well the training data support a latent point
-NEIGHBOURS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Support:
-    """Where the training data were in latent space, and how far from them is too far.
-
-    Attributes:
-        points: ``(m, latent_dim)``. distance: to the `NEIGHBOURS`-th nearest point; the largest one of any validation
-            frame. spread: of the members' predictions, likewise; infinite with one member.
-    """
-
-    points: np.ndarray
-    distance: float
-    spread: float
+#: draws of a step that leave the support of the training data before the walker stays where it is
+TRIALS = 20
 
 
 class LED(Propagator):
@@ -50,7 +37,12 @@ class LED(Propagator):
     Attributes:
         config, features, autoencoder, rnns: what it is made of.
         support: of the training data. details: what the card says beside (training data, accuracy, ...).
+        confined: steps that leave the support of the training data are drawn again from the same kernel, so that the
+            probabilities of jumps stay as they are; in the empty space between states nothing was learned, and a walker
+            that strays into it may come out anywhere.
     """
+
+    confined = True
 
     def __init__(
         self,
@@ -73,7 +65,6 @@ class LED(Propagator):
         self._steppers = [Stepper(rnn) for rnn in self.rnns]
         self._trunk = _numpy_layers(autoencoder)
         self._draw: Sampler = autoencoder.density.sampler()
-        self._tree: Any = None
 
     def check_topology(self, topology: app.Topology) -> None:
         self.features.check_topology(topology)
@@ -115,38 +106,48 @@ class LED(Propagator):
 
     def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
         z = state.z
-        if len(self._steppers) == 1:
-            later, memory = self._steppers[0].step(z, state.memory["memory_0"], random)
-            return LatentState(later, {"memory_0": memory})
-        # all members remember the same path; each walker takes its next step from one of them, drawn anew
         memories = [s.remember(z, state.memory[f"memory_{i}"]) for i, s in enumerate(self._steppers)]
-        chosen = random.integers(len(self._steppers), size=len(z))
         later = np.empty_like(z)
-        for i, stepper in enumerate(self._steppers):
-            mine = np.flatnonzero(chosen == i)
-            if len(mine):
-                later[mine] = z[mine] + stepper.draw(stepper.features(z[mine], memories[i][mine]), random)
+        for i, walkers in enumerate(self._assigned(len(z), random)):
+            if len(walkers):
+                later[walkers] = self._moved(self._steppers[i], z[walkers], memories[i][walkers], random)
         return LatentState(later, {f"memory_{i}": m for i, m in enumerate(memories)})
+
+    def _assigned(self, n: int, random: np.random.Generator) -> list[np.ndarray]:
+        """Which walkers take this step from which member; drawn anew for each step."""
+        if len(self._steppers) == 1:
+            return [np.arange(n)]
+        chosen = random.integers(len(self._steppers), size=n)
+        return [np.flatnonzero(chosen == i) for i in range(len(self._steppers))]
+
+    def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        features = stepper.features(z, memory)
+        draw = stepper.draw
+        kernel = draw.kernel(features, random)
+        later = z + draw.within(features, kernel, random)
+        if not self.confined or self.support is None:
+            return later
+        out = np.flatnonzero(~self.support.inside(later))
+        if len(out):
+            # a walker that was put outside is left to itself
+            out = out[self.support.inside(z[out])]
+        for _ in range(TRIALS):
+            if not len(out):
+                return later
+            later[out] = z[out] + draw.within(features[out], kernel[out], random)
+            out = out[~self.support.inside(later[out])]
+        later[out] = z[out]
+        return later
 
     def doubt(self, state: LatentState) -> np.ndarray:
         """Distance from the training data, and spread of the members' predictions, each over its largest value in
         the validation data; the larger of the two."""
         if self.support is None:
             return np.zeros(len(state))
-        found = self.distance(state.z) / self.support.distance
+        found = self.support.far(state.z) / self.support.distance
         if len(self.rnns) > 1:
             found = np.maximum(found, self.spread(state) / self.support.spread)
         return found
-
-    def distance(self, z: np.ndarray) -> np.ndarray:
-        """To the `NEIGHBOURS`-th nearest latent point of the training data, ``(n,)``."""
-        if self._tree is None:
-            from scipy.spatial import cKDTree
-
-            assert self.support is not None
-            self._tree = cKDTree(self.support.points)
-        near, _ = self._tree.query(z, k=NEIGHBOURS)
-        return near[:, -1]
 
     def spread(self, state: LatentState) -> np.ndarray:
         """Root-mean-square difference of the members' mean predictions, ``(n,)``, in units of the latent."""
@@ -169,7 +170,9 @@ class LED(Propagator):
                 "features": self.features.to_dict(),
                 "interval": self.interval,
                 "temperature": self.temperature,
-                "support": None if self.support is None else [self.support.distance, self.support.spread],
+                "support": (
+                    None if self.support is None else [self.support.distance, self.support.spread, self.support.width]
+                ),
             },
             "units": {"length": "nm", "time": "ps", "angle": "rad"},
             **self.details,

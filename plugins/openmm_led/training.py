@@ -15,14 +15,15 @@ from openmm_led.autoencoder import Autoencoder, AutoencoderMethod, DecoderMethod
 from openmm_led.config import LEDConfig, LEDOptions
 from openmm_led.features import Features
 from openmm_led.mixtures import FixedKernels
-from openmm_led.model import BATCH, LED, NEIGHBOURS, Support
+from openmm_led.model import BATCH, LED
 from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN
+from openmm_led.support import NEIGHBOURS, Support, cell_width, choose_points
 from openmm_led.trajectories import Trajectories, check_separate, describe
 from openmm_mlff.data.jobs import claim_folder
 from openmm_mlff.training.loop import LoopOptions, averaged, fit
 
 #: latent points of the training data that the model keeps to know its support
-SUPPORT_POINTS = 5000
+SUPPORT_POINTS = 20_000
 #: fewer frames than this for each of the encoder's parameters' worth of structure is not worth training on
 LEAST_FRAMES = 100
 
@@ -201,24 +202,16 @@ def _latent(model: Autoencoder, data: _Encoded) -> list[np.ndarray]:
 
 def _support(model: LED, z: dict[str, list[np.ndarray]], seed: int) -> Support:
     """Training points, and the largest distance and spread that validation frames reach."""
-    points = np.concatenate(z["train"])
-    random = np.random.default_rng([seed, 2])
-    # uniform in occupied cells rather than in time, so that rare states are supported as well
-    cells = np.unique(np.floor(points / 0.05), axis=0, return_inverse=True)[1].ravel()
-    weight = 1.0 / np.bincount(cells)[cells]
-    chosen = random.choice(len(points), min(SUPPORT_POINTS, len(points)), replace=False, p=weight / weight.sum())
-    model.support = Support(points[np.sort(chosen)], np.inf, np.inf)
+    points = choose_points(np.concatenate(z["train"]), SUPPORT_POINTS, seed)
     valid = np.concatenate(z["valid"])
     spaced = valid[np.linspace(0, len(valid) - 1, min(len(valid), 50_000)).astype(int)]
-    distance = float(model.distance(spaced).max())
+    width = cell_width(points, spaced)
+    distance = float(Support(points, np.inf, np.inf, width).far(spaced).max())
     spread = np.inf
     if len(model.rnns) > 1:
         history = np.stack([run[:200] for run in z["valid"] if len(run) >= 200] or [z["valid"][0]])
-        spread = float(
-            max(model.spread(model.start(history[:, : k + 1])).max() for k in range(0, history.shape[1], 10))
-        )
+        ends = range(1, history.shape[1] + 1, 10)
+        spread = float(max(model.spread(model.start(history[:, :end])).max() for end in ends))
     if not distance > 0:
-        raise ValueError(
-            f"trajectories: expected validation frames that differ from one another, got {NEIGHBOURS}+ equal"
-        )
-    return Support(model.support.points, distance, spread)
+        raise ValueError(f"trajectories: expected validation frames that differ, got {NEIGHBOURS} or more equal ones")
+    return Support(points, distance, spread, width)

@@ -15,10 +15,10 @@ from openmm_led.trajectories import check_separate
 from openmm_mlff.sampling.propagators import load_propagator
 
 
-def slow_and_fast(seed: int, runs: int = 8, frames: int = 1500) -> Trajectories:
-    """x jumps between two wells with probability 0.01 per frame (correlation 0.98 per frame), y is noise."""
+def slow_and_fast(seed: int, runs: int = 16, frames: int = 1500) -> Trajectories:
+    """x jumps between two wells with probability 0.02 per frame (correlation 0.96 per frame), y is noise."""
     random = np.random.default_rng(seed)
-    jumps = np.cumsum(random.random((runs, frames)) < 0.01, axis=1) % 2
+    jumps = np.cumsum(random.random((runs, frames)) < 0.02, axis=1) % 2
     x = 2.0 * jumps - 1.0 + 0.2 * random.standard_normal((runs, frames))
     y = random.standard_normal((runs, frames))
     positions = np.stack([x, y, np.zeros_like(x)], -1)[:, :, None]
@@ -26,7 +26,7 @@ def slow_and_fast(seed: int, runs: int = 8, frames: int = 1500) -> Trajectories:
 
 
 SMALL = LEDConfig(latent_dim=1, encoder_widths=(16,), decoder_widths=(16,), decoder_kernels=3, hidden=8, kernels=3)
-QUICK = LEDOptions(autoencoder_steps=250, batch=256, propagator_steps=400, lanes=8, chunk=50, learning_rate=5e-3)
+QUICK = LEDOptions(autoencoder_steps=250, batch=256, propagator_steps=600, lanes=16, chunk=50, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def test_the_latent_coordinate_is_the_slow_one(trained: tuple[LED, Path]) -> Non
 def test_generated_dynamics_jumps_as_often_as_the_data(trained: tuple[LED, Path]) -> None:
     model, _ = trained
     random = np.random.default_rng(5)
-    start = model.encode(np.stack(slow_and_fast(2).frames)[:, :20].reshape(-1, 1, 3)).reshape(8, 20, 1)
-    path, _ = model.run(model.start(np.tile(start, (25, 1, 1))), 600, random)
-    wells = np.sign(model.decode(path.reshape(-1, 1), random)[:, 0, 0]).reshape(200, 600)
-    # two symmetric wells: correlation (1 - 2 p)^lag with p = 0.01
-    assert correlation(wells, 20) == pytest.approx(0.98**20, abs=0.12)
+    start = model.encode(np.stack(slow_and_fast(2).frames)[:, :20].reshape(-1, 1, 3)).reshape(16, 20, 1)
+    path, _ = model.run(model.start(np.tile(start, (13, 1, 1))), 600, random)
+    wells = np.sign(model.decode(path.reshape(-1, 1), random)[:, 0, 0]).reshape(208, 600)
+    # two symmetric wells: correlation (1 - 2 p)^lag with p = 0.02
+    assert correlation(wells, 15) == pytest.approx(0.96**15, abs=0.12)
     expected = np.sign(np.stack(slow_and_fast(0).frames)[..., 0, 0]).mean()
     assert wells.mean() == pytest.approx(expected, abs=0.25)
 
@@ -81,7 +81,7 @@ def test_model_file_keeps_everything(trained: tuple[LED, Path], tmp_path: Path) 
     x = slow_and_fast(3).frames[0][:30]
     np.testing.assert_array_equal(read.encode(x), model.encode(x))
     assert (read.interval, read.temperature, read.n_atoms) == (2.0, 300.0, 1)
-    assert read.details["training_data"]["train"]["runs"] == 8
+    assert read.details["training_data"]["train"]["runs"] == 16
     paths = []
     for m in (model, read):
         random = np.random.default_rng(1)
