@@ -78,13 +78,14 @@ class RelaxationReport:
     """What happened to one decoded structure.
 
     Attributes:
-        reason: empty if it was accepted, else ``not finite``, ``inverted``, ``twisted``, ``broken``, ``clash``,
-            ``moved``, ``energy`` or ``unstable``. stage: where it was found: ``decoded``, ``minimized`` or
-            ``equilibrated``.
+        reason: empty if it was accepted, else ``not finite``, ``inverted``, ``twisted``, ``broken``, ``misplaced``,
+            ``clash`` (see `structure_checks.Faults`), ``moved``, ``energy`` or ``unstable``.
+        stage: where it was found: ``decoded``, ``minimized`` or ``equilibrated``.
         energies: potential energy of the whole System without restraints, kJ/mol, by stage: ``decoded``, ``tight``,
             ``minimized`` (after the loose minimisation) and ``equilibrated``, as far as it came.
         moved: root-mean-square displacement of heavy atoms in minimisation, nm; NaN if it did not come so far.
-        clashes: pairs that overlapped when decoded. inverted: centres of the wrong hand when decoded.
+        clashes: pairs that overlapped when decoded. inverted: centres of the wrong hand when decoded. misplaced:
+            centres whose hydrogen was put on the right side before minimisation.
     """
 
     reason: str
@@ -93,6 +94,7 @@ class RelaxationReport:
     moved: float
     clashes: int
     inverted: int
+    misplaced: int
 
     @property
     def accepted(self) -> bool:
@@ -258,6 +260,9 @@ class _Attempt:
             return "not finite", self.stage
         if self._faults.lasting:
             return self._faults.lasting, self.stage
+        if self._faults.misplaced:
+            self._start = self._start.copy()
+            self._start[self._solute] = self._mapper.checks.mended(self._start[self._solute])
         self._enter(box, parameters)
         self._note("decoded")
         self._minimize(settings.tight)
@@ -282,7 +287,8 @@ class _Attempt:
 
     def result(self, reason: str, stage: str) -> Relaxation:
         faults = self._faults
-        report = RelaxationReport(reason, stage, self._energies, self._moved, len(faults.clashes), len(faults.inverted))
+        counts = (len(f) for f in (faults.clashes, faults.inverted, faults.misplaced))
+        report = RelaxationReport(reason, stage, self._energies, self._moved, *counts)
         return Relaxation(report, self._last)
 
     def _enter(self, box: np.ndarray | None, parameters: Mapping[str, float]) -> None:

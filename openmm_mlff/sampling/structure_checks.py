@@ -36,7 +36,9 @@ class Faults:
 
     Attributes:
         finite: whether all coordinates are numbers; if not, nothing else was looked at.
-        clashes: pairs of atoms that overlap, ``(n, 2)``. inverted: centres of the wrong hand.
+        clashes: pairs of atoms that overlap, ``(n, 2)``.
+        inverted: centres whose heavy neighbours are the wrong way round. misplaced: centres whose heavy neighbours are
+            right, but whose hydrogen is on their side.
         twisted: peptide bonds (carbon, nitrogen) on the wrong side, cis instead of trans or the other way round.
         broken: overstretched bonds, ``(n, 2)``.
     """
@@ -44,6 +46,7 @@ class Faults:
     finite: bool
     clashes: np.ndarray
     inverted: tuple[int, ...]
+    misplaced: tuple[int, ...]
     twisted: tuple[tuple[int, int], ...]
     broken: np.ndarray
 
@@ -52,7 +55,12 @@ class Faults:
         """The gravest fault in a word, or an empty text."""
         if not self.finite:
             return "not finite"
-        found = (("inverted", self.inverted), ("twisted", self.twisted), ("broken", self.broken))
+        found = (
+            ("inverted", self.inverted),
+            ("twisted", self.twisted),
+            ("broken", self.broken),
+            ("misplaced", self.misplaced),
+        )
         return next((word for word, faults in found if len(faults)), "clash" if len(self.clashes) else "")
 
     @property
@@ -97,6 +105,7 @@ class StructureChecks:
         self._lengths = _lengths(reference, self.bonds)
         self._quartets = self._find_centres(reference)
         self._hands = np.sign(_volumes(reference, self._quartets))
+        self._all_heavy = (self._numbers[self._quartets] != 1).all(axis=1)
         self.centres = tuple(sorted(set(self._quartets[:, 0].tolist())))
         self.peptides = self._find_peptides()
         self._torsions = dihedral(reference, self.peptides) if len(self.peptides) else np.empty(0)
@@ -109,9 +118,11 @@ class StructureChecks:
         """The faults of positions ``(n_atoms, 3)`` nm."""
         nothing = np.empty((0, 2), dtype=np.int64)
         if not np.isfinite(positions).all():
-            return Faults(False, nothing, (), (), nothing)
+            return Faults(False, nothing, (), (), (), nothing)
         broken = self.bonds[_lengths(positions, self.bonds) > STRETCHED * self._lengths]
-        return Faults(True, self.clashes(positions), self.inverted(positions), self.twisted(positions), broken)
+        inverted = self.inverted(positions)
+        misplaced = tuple(i for i in self._turned(positions, ~self._all_heavy) if i not in inverted)
+        return Faults(True, self.clashes(positions), inverted, misplaced, self.twisted(positions), broken)
 
     def clashes(self, positions: np.ndarray) -> np.ndarray:
         """Pairs of atoms more than three bonds apart that overlap, ``(n, 2)``."""
@@ -121,8 +132,21 @@ class StructureChecks:
         return pairs[close & ~np.isin(self._key(pairs), self._near)]
 
     def inverted(self, positions: np.ndarray) -> tuple[int, ...]:
-        """Centres with at least one triple of neighbours around the wrong way."""
-        wrong = ~(self._hands * _volumes(positions, self._quartets) > 0.0)
+        """Centres with at least one triple of heavy neighbours the wrong way round."""
+        return self._turned(positions, self._all_heavy)
+
+    def mended(self, positions: np.ndarray) -> np.ndarray:
+        """Positions with misplaced hydrogens opposite to the heavy neighbours of their centres, at their distance."""
+        made = np.array(positions, dtype=np.float64)
+        for i in self(positions).misplaced:
+            near = np.array(self.neighbours[i])
+            hydrogen = int(near[self._numbers[near] == 1][0])
+            away = made[i] - made[near[near != hydrogen]].mean(axis=0)
+            made[hydrogen] = made[i] + np.linalg.norm(made[hydrogen] - made[i]) * away / np.linalg.norm(away)
+        return made
+
+    def _turned(self, positions: np.ndarray, asked: np.ndarray) -> tuple[int, ...]:
+        wrong = asked & ~(self._hands * _volumes(positions, self._quartets) > 0.0)
         return tuple(sorted(set(self._quartets[wrong, 0].tolist())))
 
     def twisted(self, positions: np.ndarray) -> tuple[tuple[int, int], ...]:

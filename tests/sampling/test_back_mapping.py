@@ -115,6 +115,21 @@ def test_overlapping_hydrogens_are_mended(mapper: BackMapper, dynamics: tuple[np
     assert mapper.checks(result.positions).reason == ""
 
 
+def test_a_hydrogen_on_the_wrong_side_is_mended(mapper: BackMapper, dynamics: tuple[np.ndarray, np.ndarray]) -> None:
+    x = dynamics[0][3].copy()
+    ca, ha = 8, 9
+    x[ha] = 2 * x[ca] - x[ha]
+    assert mapper.checks(x).misplaced == (ca,)
+    mended = mapper.checks.mended(x)
+    assert mapper.checks(mended).reason == ""
+    assert np.linalg.norm(mended[ha] - x[ca]) == pytest.approx(np.linalg.norm(x[ha] - x[ca]))
+    assert (np.delete(mended, ha, axis=0) == np.delete(x, ha, axis=0)).all()
+    result = mapper.relax(x, seed=1)
+    assert result.report.accepted, result.report
+    assert result.report.misplaced == 1
+    assert mapper.checks(result.positions).misplaced == ()
+
+
 def test_the_same_seed_gives_the_same_bits(mapper: BackMapper, dynamics: tuple[np.ndarray, np.ndarray]) -> None:
     a, b, c = (mapper.relax(dynamics[0][0], seed=s).positions for s in (5, 5, 6))
     assert (a == b).all()
