@@ -7,33 +7,35 @@ belong to it. Units: nm, ps, radians.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from openmm_led.config import LEDConfig, LEDOptions
-from openmm_led.features import Features
-from openmm_led.model import LED
-from openmm_led.training import LEDLearner
-from openmm_led.trajectories import Trajectories, read_trajectories
-from openmm_mlff.sampling.propagators import Propagator, PropagatorFamily
-
 if TYPE_CHECKING:
-    import torch
+    from openmm_led.config import LEDConfig, LEDOptions
+    from openmm_led.features import Features
+    from openmm_led.model import LED
+    from openmm_led.registration import family
+    from openmm_led.training import LEDLearner
+    from openmm_led.trajectories import Trajectories, read_trajectories
+
+#: what this package exports, and where it is; imported when it is asked for, so that the command line's help is quick
+_HOME = {
+    "LED": "model",
+    "Features": "features",
+    "LEDConfig": "config",
+    "LEDLearner": "training",
+    "LEDOptions": "config",
+    "Trajectories": "trajectories",
+    "family": "registration",
+    "read_trajectories": "trajectories",
+}
 
 
-def read(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Propagator:
-    """The propagator of a model file: LED itself, or one of the baselines beside it."""
-    form = card["config"].get("form")
-    if form == "led":
-        return LED.from_card(card, tensors)
-    from openmm_led import baselines
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
-    forms = {"msm": baselines.MSMPropagator, "linear_gaussian": baselines.LinearGaussian}
-    if form not in forms:
-        raise ValueError(f"model: expected the form led, {', '.join(forms)} in the card's config, got {form!r}")
-    return forms[form].from_card(card, tensors)
-
-
-family = PropagatorFamily("led", read)
 
 __all__ = [
     "LED",

@@ -7,6 +7,7 @@ separate runs; a frame that is in two of them is refused.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from openmm import app
 
 #: relative difference of frame spacings that counts as the same
 TIME_TOLERANCE = 1e-3
+#: endings of files that hold the time of every frame
+TIMED = frozenset({".xtc", ".trr", ".nc", ".ncdf", ".netcdf", ".h5", ".hdf5", ".gro"})
+#: ps, CHARMM's unit of time
+AKMA_PS = 0.0488882129
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def read_trajectories(
     Raises `ValueError` for other numbers of atoms, uneven or different times between frames, and NaN frames.
     """
     import mdtraj
+
     from openmm_mlff.sampling.systems import select
 
     whole = mdtraj.Topology.from_openmm(topology)
@@ -127,13 +133,9 @@ def read_trajectories(
             ) from error
         if read.unitcell_lengths is not None and len(list(whole.bonds)):
             read.make_molecules_whole(inplace=True)
-        steps = np.diff(read.time)
-        if len(steps):
-            uneven = np.flatnonzero(np.abs(steps / np.median(steps) - 1.0) > 10 * TIME_TOLERANCE)
-            if interval is None and (np.median(steps) <= 0 or len(uneven)):
-                where = f" between frames {uneven[0]} and {uneven[0] + 1}" if len(uneven) else ""
-                raise ValueError(f"trajectories: uneven times{where} of {path.name}; give interval if they are wrong")
-            spacings.append((path.name, float(np.median(steps))))
+        spacing = None if interval is not None else _spacing(path, np.asarray(read.time, dtype=np.float64))
+        if spacing is not None:
+            spacings.append((path.name, spacing))
         found.append(read.xyz[:, keep].astype(np.float32))
     if interval is None:
         if not spacings:
@@ -146,6 +148,44 @@ def read_trajectories(
                     f"{name} has {spacing:g} ps"
                 )
     return Trajectories(tuple(found), float(interval), tuple(Path(p).name for p in paths))
+
+
+def _spacing(path: Path, times: np.ndarray) -> float | None:
+    """ps between the frames of a file that was read, or None if it has one frame or none.
+
+    Raises `ValueError` for uneven times, and where the file does not tell: mdtraj then numbers the frames.
+    """
+    if len(times) < 2:
+        return None
+    suffix = path.suffix.lower()
+    found = _dcd_spacing(path) if suffix == ".dcd" else None
+    if found is None and suffix not in TIMED:
+        raise ValueError(f"interval: {path.name} does not tell the time between its frames; give it in ps")
+    if found is not None:
+        return found
+    steps = np.diff(times)
+    uneven = np.flatnonzero(np.abs(steps / np.median(steps) - 1.0) > 10 * TIME_TOLERANCE)
+    if np.median(steps) <= 0 or len(uneven):
+        where = f" between frames {uneven[0]} and {uneven[0] + 1}" if len(uneven) else ""
+        raise ValueError(f"trajectories: uneven times{where} of {path.name}; give interval if they are wrong")
+    return float(np.median(steps))
+
+
+def _dcd_spacing(path: Path) -> float | None:
+    """ps between frames by the header of a DCD file: steps between frames, times the step in AKMA units.
+
+    None where the step is missing, or is 1 unit, as writers put it that do not know it (mdtraj, for one).
+    """
+    with open(path, "rb") as file:
+        header = file.read(48)
+    order = "<" if header[:4] == b"\x54\0\0\0" else ">"
+    if len(header) < 48 or header[4:8] != b"CORD":
+        return None
+    _, _, every, *_ = struct.unpack(f"{order}9i", header[8:44])
+    (step,) = struct.unpack(f"{order}f", header[44:48])
+    known = every > 0 and np.isfinite(step) and step > 0 and step != 1.0
+    # single precision has seven digits
+    return float(f"{every * step * AKMA_PS:.6g}") if known else None
 
 
 def describe(sets: Mapping[str, Trajectories]) -> dict[str, Any]:
