@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -109,7 +110,7 @@ class Grid:
         return state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """States around centres, ``(n_states, n_dims)``: a point belongs to the nearest one."""
 
@@ -130,15 +131,19 @@ class Clusters:
     def n_states(self) -> int:
         return len(self.centres)
 
-    def assign(self, points: np.ndarray) -> np.ndarray:
-        """States ``(n,)`` of points ``(n, n_dims)`` (or ``(n,)`` in one dimension)."""
+    @cached_property
+    def _tree(self) -> Any:
         from scipy.spatial import KDTree
 
+        return KDTree(self.centres)
+
+    def assign(self, points: np.ndarray) -> np.ndarray:
+        """States ``(n,)`` of points ``(n, n_dims)`` (or ``(n,)`` in one dimension)."""
         values = np.asarray(points, dtype=np.float64)
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != self.centres.shape[1]:
             raise ValueError(f"points: expected shape (n, {self.centres.shape[1]}), got {np.shape(points)}")
-        return KDTree(self.centres).query(values)[1].astype(np.int64)
+        return self._tree.query(values)[1].astype(np.int64)
 
 
 def checked_states(dtrajs: Sequence[np.ndarray]) -> list[np.ndarray]:
