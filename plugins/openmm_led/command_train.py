@@ -119,8 +119,9 @@ def compare(
     output: Path,
 ) -> None:
     """Make the report of a model in a folder and print its table."""
+    from openmm_led.comparison import Settings
     from openmm_led.report import show, write_report
-    from openmm_led.validation import Settings, validate
+    from openmm_led.validation import validate
 
     chosen = Settings(
         lag=args.lag, sets=args.sets, states=args.states, copies=args.copies, baselines=args.baselines, seed=args.seed

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from openmm_led.validation import Comparison, Kinetics
+from openmm_led.comparison import Comparison, Kinetics
 from openmm_mlff.data.model_file import write_atomically
 
 REPORT = "report.json"
