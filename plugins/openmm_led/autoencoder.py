@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from openmm_led.autoregressive import Autoregressive
 from openmm_led.config import LEDConfig
+from openmm_led.features import Features
 from openmm_led.mixtures import Density, DiagonalMixture, FixedKernels, JointMixture, wrapped
 
 #: share of the range by which the published scaler widens it; and the largest width of its kernels
@@ -103,10 +105,22 @@ class Scaler(nn.Module):
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of the data: encoder inputs, coordinates that are decoded, and which of these live on a circle."""
+    """Sizes of the data.
+
+    Attributes:
+        n_inputs: of the encoder. periodic: ``(D,)``, which of the decoded coordinates live on a circle. torsions:
+            ``(D,)``, which of them are torsions about rotatable bonds.
+    """
 
     n_inputs: int
     periodic: np.ndarray
+    torsions: np.ndarray
+
+    @classmethod
+    def of(cls, features: Features) -> Shapes:
+        return cls(
+            features.n_inputs, np.asarray(features.periodic), np.array([k == "dihedral" for k in features.kinds])
+        )
 
 
 class Autoencoder(nn.Module):
@@ -130,11 +144,13 @@ class Autoencoder(nn.Module):
         self.trunk = multilayer(d, config.decoder_widths)
         published = config.decoder.startswith("fixed")
         self.scaler = Scaler(shapes.periodic, "logit" if published else "standard")
-        self.density = self._density(config, config.decoder_widths[-1])
+        self.density = self._density(config, config.decoder_widths[-1], shapes.torsions)
 
-    def _density(self, config: LEDConfig, width: int) -> Density:
+    def _density(self, config: LEDConfig, width: int, torsions: np.ndarray) -> Density:
         period, k = self.scaler.period, config.decoder_kernels
-        if config.decoder == "joint":
+        if config.decoder == "autoregressive" and torsions.any():
+            return Autoregressive(width, period, torsions, k, config.decoder_floor)
+        if config.decoder in ("autoregressive", "joint"):
             return JointMixture(width, period, k, config.decoder_floor)
         if config.decoder == "diagonal":
             return DiagonalMixture(width, period, k, config.decoder_floor)
@@ -147,7 +163,7 @@ class Autoencoder(nn.Module):
         # a constant input tells nothing; its width must not blow rounding up
         self.in_std.copy_(torch.as_tensor(np.maximum(inputs.std(0), 1e-5)))
         self.scaler.fit(coordinates)
-        self.density.period.copy_(self.scaler.period)
+        self.density.set_period(self.scaler.period)
 
     def raw(self, inputs: Tensor) -> Tensor:
         """u(x) before rotation and scaling, ``(n, latent_dim)``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-DECODERS = ("joint", "diagonal", "fixed", "fixed_joint")
+DECODERS = ("autoregressive", "joint", "diagonal", "fixed", "fixed_joint")
 OBJECTIVES = ("reconstruction", "lagged", "both")
 CELLS = ("lstm", "gru")
 
@@ -21,8 +21,10 @@ class LEDConfig:
             score, the slow part of the dynamics) or "both".
         vamp_weight: nats per unit of VAMP-2 score and per coordinate, for "both".
         lag: frames between the two ends of a pair in the VAMP-2 score.
-        decoder: "joint" (mixture of Gaussians over all coordinates together, correlated within a kernel), "diagonal" (a
-            mixture per coordinate, all of whose parameters depend on z), "fixed" or "fixed_joint" (published: constant
+        decoder: "autoregressive" (torsions about rotatable bonds one after the other, then all other coordinates
+            together; "joint" where there are no torsions), "joint" (mixture of Gaussians over all coordinates together,
+            correlated within a kernel), "diagonal" (a mixture per coordinate, all of whose parameters depend on z),
+            "fixed" or "fixed_joint" (published: constant
             kernels in logit space and von Mises kernels for dihedrals, only the weights depend on z; per coordinate, or
             one mixture over all of them).
         decoder_kernels: per mixture.
@@ -39,8 +41,8 @@ class LEDConfig:
     objective: str = "both"
     vamp_weight: float = 1.0
     lag: int = 1
-    decoder: str = "joint"
-    decoder_kernels: int = 4
+    decoder: str = "autoregressive"
+    decoder_kernels: int = 8
     decoder_floor: float = 0.05
     cell: str = "gru"
     hidden: int = 32

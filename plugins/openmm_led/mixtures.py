@@ -38,6 +38,10 @@ class Density(nn.Module):
         self.n_in, self.n_out = n_in, len(period)
         self.register_buffer("period", period.clone())
 
+    def set_period(self, period: Tensor) -> None:
+        """Take periods that became known with the data."""
+        self.period.copy_(period)
+
     def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
         """Negative logarithm of the density of y ``(n, n_out)`` given h ``(n, n_in)``, ``(n,)`` nats.
 

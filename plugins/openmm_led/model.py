@@ -198,7 +198,7 @@ class LED(Propagator):
         try:
             config = LEDConfig(**stored["led"])
             features = Features.from_dict(stored["features"])
-            autoencoder = Autoencoder(config, Shapes(features.n_inputs, np.asarray(features.periodic)))
+            autoencoder = Autoencoder(config, Shapes.of(features))
             rnns = [LatentRNN(config) for _ in range(config.members)]
             autoencoder.load_state_dict(_part(tensors, "autoencoder."))
             for i, rnn in enumerate(rnns):

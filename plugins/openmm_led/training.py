@@ -91,7 +91,7 @@ class LEDLearner:
         sets = {"train": _encoded(features, train), "valid": _encoded(features, valid)}
         check_rank(sets["train"].inputs, self.config.latent_dim)
         torch.manual_seed(self.options.seed)
-        autoencoder = Autoencoder(self.config, Shapes(features.n_inputs, np.asarray(features.periodic)))
+        autoencoder = Autoencoder(self.config, Shapes.of(features))
         autoencoder.fit_scales(sets["train"].inputs, sets["train"].coordinates)
         slow = self._train_autoencoder(autoencoder, sets, folder, progress)
         times = ["inf" if c >= 1 else f"{-train.interval * self.config.lag / np.log(c):.3g}" for c in slow if c > 0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from openmm_led.autoregressive import Autoregressive
 from openmm_led.mixtures import Density, DiagonalMixture, FixedKernels, JointMixture, pick, softplus
 
 OPEN = torch.full((3,), math.inf)
@@ -148,3 +149,60 @@ def test_pick_follows_the_weights_and_softplus_does_not_overflow() -> None:
     shares = np.bincount(pick(logits, np.random.default_rng(0)), minlength=3) / 30_000
     np.testing.assert_allclose(shares, [0.1, 0.6, 0.3], atol=0.012)
     np.testing.assert_allclose(softplus(np.array([-800.0, 0.0, 800.0])), [0.0, math.log(2.0), 800.0])
+
+
+def autoregressive() -> Autoregressive:
+    period = torch.tensor([4.0, math.inf, 7.0, math.inf])
+    density = Autoregressive(4, period, np.array([True, False, True, False]), kernels=4, floor=0.05)
+    randomised(density)
+    return density
+
+
+def test_torsions_come_one_after_the_other(h: Tensor) -> None:
+    density = autoregressive()
+    y = torch.randn(5, 4)
+    around = y + torch.tensor([4.0, 0.0, 14.0, 0.0])
+    np.testing.assert_allclose(density.nll(h, y).detach(), density.nll(h, around).detach(), rtol=1e-4)
+    # integrated over the second torsion and the rest, the density of the first is left: it integrates to one
+    first = torch.linspace(-2.0, 2.0, 401)[:-1]
+    with torch.no_grad():
+        second = torch.linspace(-3.5, 3.5, 401)[:-1]
+        grid = torch.cartesian_prod(first, second)
+        density.rest_index = torch.zeros(0, dtype=torch.long)
+        full = torch.zeros(len(grid), 4)
+        full[:, [0, 2]] = grid
+        p = torch.exp(-density.nll(h[:1].expand(len(grid), -1), full)).double()
+    assert float(p.sum()) * (4.0 / 400) * (7.0 / 400) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_autoregressive_marginals_are_those_of_its_conditionals(h: Tensor) -> None:
+    density = autoregressive()
+    draws = density.sampler()(h[:1].expand(20_000, -1).numpy(), np.random.default_rng(3))
+    with torch.no_grad():
+        w, m, s = density.heads[0](torch.tanh(density.hidden[0](h[:1]))).chunk(3, -1)
+        sigma = density.floor + torch.nn.functional.softplus(s)
+        turn = 2 * math.pi / 4.0
+        # first circular moment of a wrapped Gaussian: exp(i m - s^2 / 2)
+        expected = (w.softmax(-1) * torch.exp(1j * turn * m - 0.5 * (turn * sigma) ** 2)).sum().numpy()
+    found = np.exp(1j * turn * draws[:, 0]).mean()
+    assert abs(found - expected) < 4 / math.sqrt(20_000)
+
+
+def test_autoregressive_samples_follow_the_likelihood_of_both_torsions(h: Tensor) -> None:
+    density = autoregressive()
+    draws = density.sampler()(h[:1].expand(40_000, -1).numpy(), np.random.default_rng(4))[:, [0, 2]]
+    draws = draws - np.array([4.0, 7.0]) * np.round(draws / np.array([4.0, 7.0]))
+    edges = [np.linspace(-2, 2, 9), np.linspace(-3.5, 3.5, 9)]
+    counts = np.histogram2d(draws[:, 0], draws[:, 1], edges)[0]
+    fine = 8  # midpoints in every cell of the histogram
+    x, y = (torch.as_tensor((e[:-1, None] + (np.arange(fine) + 0.5) / fine * (e[1] - e[0])).ravel()) for e in edges)
+    grid = torch.cartesian_prod(x, y).float()
+    full = torch.zeros(len(grid), 4)
+    full[:, [0, 2]] = grid
+    with torch.no_grad():
+        density.rest_index = torch.zeros(0, dtype=torch.long)
+        p = torch.exp(-density.nll(h[:1].expand(len(grid), -1), full)).double().numpy()
+    p = p.reshape(8, fine, 8, fine).sum((1, 3))
+    expected = 40_000 * p / p.sum()
+    chi2 = float(np.sum((counts - expected) ** 2 / expected))
+    assert chi2 < 63 + 4.5 * math.sqrt(2 * 63)

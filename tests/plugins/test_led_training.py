@@ -140,7 +140,7 @@ def test_orientation_gives_white_coordinates_in_the_order_of_their_times() -> No
     x = np.zeros((20_000, 2))
     for k in range(1, len(x)):
         x[k] = rates * x[k - 1] + np.sqrt(1 - rates**2) * random.standard_normal(2)
-    model = Autoencoder(LEDConfig(latent_dim=2), Shapes(3, np.zeros(3, bool)))
+    model = Autoencoder(LEDConfig(latent_dim=2), Shapes(3, np.zeros(3, bool), np.zeros(3, bool)))
     u = x @ np.array([[1.0, 0.4], [-0.3, 2.0]]) + 5.0
     slow = model.orient(u[:-1], u[1:])
     np.testing.assert_allclose(slow, [0.9, 0.3], atol=0.03)
