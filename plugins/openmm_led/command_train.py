@@ -58,6 +58,13 @@ def read_molecule(path: str, selection: str) -> Molecule:
     return Molecule(topology, positions, atoms, solute_topology(topology, atoms))
 
 
+def read_model(path: str) -> Propagator:
+    """Read ``--model``; raises as `load_propagator`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--model: no file at {path}")
+    return load_propagator(path)
+
+
 def train(args: argparse.Namespace) -> int:
     """Run ``led train``; 0 when everything is done, 130 when it was stopped before."""
     torch.set_num_threads(args.threads)
@@ -96,7 +103,7 @@ def train(args: argparse.Namespace) -> int:
 def validate(args: argparse.Namespace) -> int:
     """Run ``led validate``."""
     torch.set_num_threads(args.threads)
-    model = load_propagator(args.model)
+    model = read_model(args.model)
     molecule = read_molecule(args.topology, args.solute)
     model.check_topology(molecule.solute)
     names = {"test": args.trajectories} | ({"train": args.train} if args.train else {})

@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _part(parts: argparse._SubParsersAction, name: str, text: str, description: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = parts.add_parser(name, help=text, description=description)
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument("--topology", required=True, metavar="FILE", help="PDB or mmCIF, all atoms as in trajectories")
+    parser.add_argument("--topology", required=name != "run", metavar="FILE", help="PDB or mmCIF of all atoms")
     parser.add_argument("--solute", metavar="SELECTION", default="auto", help="auto (everything but water and ions), "
                         "all, or an mdtraj selection (auto)")  # fmt: skip
     parser.add_argument("--output", "-o", required=True, metavar="FOLDER", help="where everything is written")
@@ -82,7 +82,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parts: argparse._SubParsersAction) -> None:
     parser = _part(parts, "run", "a model file -> latent dynamics, alone or in turn with OpenMM", RUN)
-    parser.add_argument("--model", required=True, metavar="FILE", help="model file of kind propagator")
+    parser.add_argument("--model", metavar="FILE", help="model file of kind propagator")
     parser.add_argument("--frames", type=int, metavar="N", help="of each walker, warm-up included (1000)")
     parser.add_argument("--walkers", type=int, metavar="N", help="side by side (1)")
     parser.add_argument("--every", type=int, metavar="N", help="frames between two of the trajectory (1)")

@@ -147,7 +147,8 @@ def _at_lag(times: ImpliedTimescales, n: int, lag: float) -> tuple[float, float]
 
 
 def _passage(found: FirstPassages) -> tuple[float, float]:
-    return found.rate_time.value, found.rate_time.error
+    error = found.rate_time.error
+    return found.rate_time.value, error if np.isfinite(error) else found.residence.error
 
 
 def named(view: View, column: str) -> str:

@@ -73,14 +73,14 @@ def validate(
     seen = {MD: _molecular(model, test, views, checks, chosen.history)}
     z = [model.encode(f[: chosen.history].astype(np.float64)) for f in test.frames]
     random = np.random.default_rng([chosen.seed, 11])
-    say("decoding the latent coordinates of molecular dynamics")
-    seen[AUTOENCODER] = _decoded(model, seen[MD].z, views, checks, random)
     notes: list[str] = []
     models = {LED: model} | (_baselines(model, train, chosen, notes) if chosen.baselines and train else {})
     for name, propagator in models.items():
         say(f"latent runs of {name}")
         runs = latent_runs(propagator, z, lengths * chosen.copies, chosen.copies, random)
         seen[name] = _decoded(propagator, runs, views, checks, random)
+    say("decoding the latent coordinates of molecular dynamics")
+    seen[AUTOENCODER] = _decoded(model, seen[MD].z, views, checks, random)
     say("time scales")
     kinetics = compare_kinetics(known, seen, views, lag, test.interval, chosen, notes)
     floors = _floors(reference, known, seen[MD], train is not None, views.views, chosen, notes)
