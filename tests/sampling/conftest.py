@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openmm
 import pytest
 import torch
-from openmm import app
+from openmm import app, unit
 from openmmml import MLPotential
 
+from openmm_mlff.sampling.implicit_solvent import use_native_obc2
+from openmm_mlff.sampling.led_simulation import LEDSimulation
+
 from .copies import Molecule
+from .latent_models import QUICK, MakeLED, TorsionModel
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +54,36 @@ def learned(tiny_model: str) -> MLPotential:
 @pytest.fixture()
 def system(learned: MLPotential, molecule: Molecule) -> openmm.System:
     return learned.createSystem(molecule.topology, compile=False)
+
+
+@pytest.fixture(scope="module")
+def implicit(molecule: Molecule) -> openmm.System:
+    """Capped alanine in implicit solvent with heavy hydrogens."""
+    field = app.ForceField("amber99sbildn.xml", "implicit/obc2.xml")
+    made = field.createSystem(molecule.topology, constraints=app.HBonds, hydrogenMass=3 * unit.amu)
+    use_native_obc2(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def relaxed(implicit: openmm.System, molecule: Molecule) -> np.ndarray:
+    """Its positions at a minimum of the energy, nm."""
+    context = openmm.Context(implicit, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+    context.setPositions(molecule.positions)
+    openmm.LocalEnergyMinimizer.minimize(context)
+    return context.getState(positions=True).getPositions(asNumpy=True)._value
+
+
+@pytest.fixture()
+def make_led(implicit: openmm.System, molecule: Molecule, relaxed: np.ndarray, tmp_path: Path) -> MakeLED:
+    """Makes a LEDSimulation of it: 4 frames of warm-up, then 6 latent frames and 3 of MD in turn."""
+
+    def made(model: TorsionModel | None = None, start: bool = True, **options: Any) -> LEDSimulation:
+        model = model or TorsionModel(molecule.topology, relaxed)
+        given = {"macro_steps": 6, "micro_steps": 3, "warmup": 4, "relaxation": QUICK, "failure": tmp_path / "failure"}
+        simulation = LEDSimulation(implicit, molecule.topology, model, **(given | options))
+        if start:
+            simulation.setPositions(relaxed)
+        return simulation
+
+    return made

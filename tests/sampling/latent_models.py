@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import openmm
 from openmm import app
 
 from openmm_mlff.analysis.observables import dihedral
+from openmm_mlff.sampling.back_mapping import RelaxationSettings
+from openmm_mlff.sampling.led_records import Frames, Return
+from openmm_mlff.sampling.led_reporters import LEDReporter
+from openmm_mlff.sampling.led_simulation import LEDSimulation
 from openmm_mlff.sampling.propagators import LatentState, Propagator
 from openmm_mlff.sampling.starts import set_torsion
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
+#: a return in a hundredth of a second
+QUICK = RelaxationSettings(restrained=0.02, free=0.08, iterations=100)
+MakeLED = Callable[..., LEDSimulation]
 #: phi and psi of ACE-ALA-NME
 TORSIONS = np.array([[4, 6, 8, 14], [6, 8, 14, 16]])
 
@@ -141,3 +150,28 @@ def particle() -> tuple[openmm.System, app.Topology, np.ndarray]:
     system.addParticle(40.0)
     system.addForce(well)
     return system, topology, PlaceModel.centre[None].copy()
+
+
+class Recorder(LEDReporter):
+    """Keeps everything."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.all: list[Frames] = []
+        self.returns: list[Return] = []
+
+    def frames(self, simulation: LEDSimulation, frames: Frames) -> None:
+        self.all.append(frames)
+
+    def returned(self, simulation: LEDSimulation, record: Return) -> None:
+        self.returns.append(record)
+
+    def of(self, walker: int) -> list[tuple[int, str]]:
+        """Number and phase of every frame of a walker, in order."""
+        return [
+            (int(number), f.phase)
+            for f in self.all
+            for i in np.flatnonzero(f.walkers == walker)
+            for number in f.numbers[i]
+        ]

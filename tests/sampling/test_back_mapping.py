@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import openmm
 import pytest
-from openmm import app, unit
+from openmm import app
 
 from openmm_mlff.sampling.back_mapping import (
     STRENGTH,
@@ -14,7 +14,6 @@ from openmm_mlff.sampling.back_mapping import (
     restraint,
     solute_topology,
 )
-from openmm_mlff.sampling.implicit_solvent import use_native_obc2
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 from .copies import Molecule, reference
@@ -23,25 +22,16 @@ KT = BOLTZMANN_KJ_PER_MOL * 300.0
 
 
 @pytest.fixture(scope="module")
-def solvated(molecule: Molecule) -> openmm.System:
-    """Capped alanine in implicit solvent with heavy hydrogens."""
-    field = app.ForceField("amber99sbildn.xml", "implicit/obc2.xml")
-    made = field.createSystem(molecule.topology, constraints=app.HBonds, hydrogenMass=3 * unit.amu)
-    use_native_obc2(made)
-    return made
+def mapper(implicit: openmm.System, molecule: Molecule) -> BackMapper:
+    return BackMapper(implicit, molecule.topology, range(22), molecule.positions, timestep=0.004)
 
 
 @pytest.fixture(scope="module")
-def mapper(solvated: openmm.System, molecule: Molecule) -> BackMapper:
-    return BackMapper(solvated, molecule.topology, range(22), molecule.positions, timestep=0.004)
-
-
-@pytest.fixture(scope="module")
-def dynamics(solvated: openmm.System, molecule: Molecule) -> tuple[np.ndarray, np.ndarray]:
+def dynamics(implicit: openmm.System, molecule: Molecule) -> tuple[np.ndarray, np.ndarray]:
     """Positions (120, 22, 3) nm and energies (120,) kJ/mol of 120 ps of MD."""
     integrator = openmm.LangevinMiddleIntegrator(300, 1, 0.004)
     integrator.setRandomNumberSeed(7)
-    context = reference(solvated, integrator)
+    context = reference(implicit, integrator)
     context.setPositions(molecule.positions)
     openmm.LocalEnergyMinimizer.minimize(context)
     context.setVelocitiesToTemperature(300, 1)
@@ -188,8 +178,8 @@ def test_reasons(mapper: BackMapper, dynamics: tuple[np.ndarray, np.ndarray]) ->
     assert not high.accepted
 
 
-def test_dynamics_that_explode_are_unstable_not_an_error(molecule: Molecule, solvated: openmm.System) -> None:
-    wild = BackMapper(solvated, molecule.topology, range(22), molecule.positions, timestep=0.05)
+def test_dynamics_that_explode_are_unstable_not_an_error(molecule: Molecule, implicit: openmm.System) -> None:
+    wild = BackMapper(implicit, molecule.topology, range(22), molecule.positions, timestep=0.05)
     report = wild.relax(molecule.positions, seed=1).report
     assert report.reason in ("unstable", "broken", "inverted", "clash")
     assert report.stage in ("minimized", "equilibrated")
@@ -219,8 +209,8 @@ def test_refused_structures_are_decoded_again(mapper: BackMapper, dynamics: tupl
 # -- the System ----------------------------------------------------------------------------------------------------
 
 
-def test_the_system_stays_as_it_is(solvated: openmm.System, molecule: Molecule) -> None:
-    with_thermostat = openmm.XmlSerializer.clone(solvated)
+def test_the_system_stays_as_it_is(implicit: openmm.System, molecule: Molecule) -> None:
+    with_thermostat = openmm.XmlSerializer.clone(implicit)
     with_thermostat.addForce(openmm.AndersenThermostat(300, 1))
     before = openmm.XmlSerializer.serialize(with_thermostat)
     mapper = BackMapper(with_thermostat, molecule.topology, range(22), molecule.positions)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mdtraj
 import numpy as np
@@ -14,80 +12,29 @@ from openmm import app, unit
 
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.sampling.back_mapping import RelaxationSettings
-from openmm_mlff.sampling.guards import RunFailed
-from openmm_mlff.sampling.implicit_solvent import use_native_obc2
-from openmm_mlff.sampling.led_records import MACRO, MICRO, WARMUP, Frames, Return
-from openmm_mlff.sampling.led_reporters import BackMappedReporter, LatentReporter, LEDReporter, RoundReporter
+from openmm_mlff.sampling.led_records import MACRO, MICRO, WARMUP
+from openmm_mlff.sampling.led_reporters import BackMappedReporter, LatentReporter
 from openmm_mlff.sampling.led_simulation import WATCH_EVERY, LEDSimulation
 from openmm_mlff.sampling.propagators import LatentState
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 from .copies import Molecule
-from .latent_models import TORSIONS, BondModel, PlaceModel, TorsionModel, diatomic, particle
-
-QUICK = RelaxationSettings(restrained=0.02, free=0.08, iterations=100)
-Make = Callable[..., LEDSimulation]
-
-
-class Recorder(LEDReporter):
-    """Keeps everything."""
-
-    name = "recorder"
-
-    def __init__(self) -> None:
-        self.all: list[Frames] = []
-        self.returns: list[Return] = []
-
-    def frames(self, simulation: LEDSimulation, frames: Frames) -> None:
-        self.all.append(frames)
-
-    def returned(self, simulation: LEDSimulation, record: Return) -> None:
-        self.returns.append(record)
-
-    def of(self, walker: int) -> list[tuple[int, str]]:
-        """Number and phase of every frame of a walker, in order."""
-        return [
-            (int(number), f.phase)
-            for f in self.all
-            for i in np.flatnonzero(f.walkers == walker)
-            for number in f.numbers[i]
-        ]
-
-
-@pytest.fixture(scope="module")
-def implicit(molecule: Molecule) -> openmm.System:
-    field = app.ForceField("amber99sbildn.xml", "implicit/obc2.xml")
-    made = field.createSystem(molecule.topology, constraints=app.HBonds, hydrogenMass=3 * unit.amu)
-    use_native_obc2(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def relaxed(implicit: openmm.System, molecule: Molecule) -> np.ndarray:
-    context = openmm.Context(implicit, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
-    context.setPositions(molecule.positions)
-    openmm.LocalEnergyMinimizer.minimize(context)
-    return context.getState(positions=True).getPositions(asNumpy=True)._value
-
-
-@pytest.fixture()
-def make(implicit: openmm.System, molecule: Molecule, relaxed: np.ndarray, tmp_path: Path) -> Make:
-    def made(model: TorsionModel | None = None, start: bool = True, **options: Any) -> LEDSimulation:
-        model = model or TorsionModel(molecule.topology, relaxed)
-        given = {"macro_steps": 6, "micro_steps": 3, "warmup": 4, "relaxation": QUICK, "failure": tmp_path / "failure"}
-        simulation = LEDSimulation(implicit, molecule.topology, model, **(given | options))
-        if start:
-            simulation.setPositions(relaxed)
-        return simulation
-
-    return made
-
+from .latent_models import (
+    TORSIONS,
+    BondModel,
+    MakeLED,
+    PlaceModel,
+    Recorder,
+    TorsionModel,
+    diatomic,
+    particle,
+)
 
 # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
 
-def test_phases_follow_one_another(make: Make) -> None:
-    simulation, recorder = make(), Recorder()
+def test_phases_follow_one_another(make_led: MakeLED) -> None:
+    simulation, recorder = make_led(), Recorder()
     simulation.reporters.append(recorder)
     for n in (1, 8, 13, 0, 9):  # cuts through all phases
         simulation.step(n)
@@ -103,8 +50,8 @@ def test_phases_follow_one_another(make: Make) -> None:
     assert set(stats.seconds) == {"latent", "md", "encode", "decode", "relax"}
 
 
-def test_rounds_and_walkers(make: Make) -> None:
-    simulation, recorder = make(n_walkers=3), Recorder()
+def test_rounds_and_walkers(make_led: MakeLED) -> None:
+    simulation, recorder = make_led(n_walkers=3), Recorder()
     simulation.reporters.append(recorder)
     simulation.run_rounds(1)
     assert simulation.frames.tolist() == [13] * 3
@@ -119,9 +66,9 @@ def test_rounds_and_walkers(make: Make) -> None:
     assert len(np.unique(simulation.latent.z, axis=0)) == 3
 
 
-def test_the_memory_is_warmed_with_the_frames_of_md(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
+def test_the_memory_is_warmed_with_the_frames_of_md(make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray) -> None:
     model, recorder = TorsionModel(molecule.topology, relaxed), Recorder()
-    simulation = make(model)
+    simulation = make_led(model)
     simulation.reporters.append(recorder)
     for n in (2, 9, 11):
         simulation.step(n)
@@ -136,8 +83,8 @@ def test_the_memory_is_warmed_with_the_frames_of_md(make: Make, molecule: Molecu
     assert simulation.latent is not None
 
 
-def test_the_return_starts_at_the_latent_state(make: Make) -> None:
-    simulation, recorder = make(), Recorder()
+def test_the_return_starts_at_the_latent_state(make_led: MakeLED) -> None:
+    simulation, recorder = make_led(), Recorder()
     simulation.reporters.append(recorder)
     simulation.run_rounds(8)
     last = {f.numbers[0, -1]: f.z[0, -1] for f in recorder.all if f.phase == MACRO}
@@ -149,8 +96,8 @@ def test_the_return_starts_at_the_latent_state(make: Make) -> None:
         assert record.energies["decoded"] > record.energies["minimized"] < record.energies["equilibrated"]
 
 
-def test_a_purely_latent_run_never_returns(make: Make) -> None:
-    simulation, recorder = make(micro_steps=0, watch=False), Recorder()
+def test_a_purely_latent_run_never_returns(make_led: MakeLED) -> None:
+    simulation, recorder = make_led(micro_steps=0, watch=False), Recorder()
     simulation.reporters.append(recorder)
     simulation.step(104)
     assert [p for _, p in recorder.of(0)] == [WARMUP] * 4 + [MACRO] * 100
@@ -158,8 +105,8 @@ def test_a_purely_latent_run_never_returns(make: Make) -> None:
     assert simulation.statistics.rounds == 16
 
 
-def test_quantities_are_understood(make: Make, relaxed: np.ndarray) -> None:
-    simulation = make(
+def test_quantities_are_understood(make_led: MakeLED, relaxed: np.ndarray) -> None:
+    simulation = make_led(
         start=False,
         temperature=300 * unit.kelvin,
         friction=0.002 / unit.femtosecond,
@@ -230,8 +177,11 @@ def pdb_of(topology: app.Topology, positions: np.ndarray, folder: Path) -> Path:
     return folder / "top.pdb"
 
 
-def test_energies_of_returns_are_those_of_md(make: Make) -> None:
-    simulation, recorder = make(warmup=100, relaxation=RelaxationSettings(), macro_steps=4, micro_steps=1), Recorder()
+def test_energies_of_returns_are_those_of_md(make_led: MakeLED) -> None:
+    simulation, recorder = (
+        make_led(warmup=100, relaxation=RelaxationSettings(), macro_steps=4, micro_steps=1),
+        Recorder(),
+    )
     simulation.reporters.append(recorder)
     simulation.run_rounds(20)
     md = np.concatenate([f.energies[0] for f in recorder.all if f.phase == WARMUP and f.energies is not None])
@@ -259,9 +209,11 @@ class Sinking(Doubtful):
         return LatentState(state.z - np.radians([0.0, 4.0]), state.memory)
 
 
-def test_doubt_returns_to_md_from_the_last_trusted_state(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
+def test_doubt_returns_to_md_from_the_last_trusted_state(
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
+) -> None:
     model, recorder = Sinking(molecule.topology, relaxed), Recorder()
-    simulation = make(model, macro_steps=1000)
+    simulation = make_led(model, macro_steps=1000)
     simulation.reporters.append(recorder)
     simulation.step(60)
     stats = simulation.statistics
@@ -278,7 +230,9 @@ def test_doubt_returns_to_md_from_the_last_trusted_state(make: Make, molecule: M
     assert {r.cause for r in recorder.returns} == {"doubt"}
 
 
-def test_a_model_that_doubts_everything_leaves_md_alone(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
+def test_a_model_that_doubts_everything_leaves_md_alone(
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
+) -> None:
     """Nothing is decoded, and MD goes on from its own last structure with its own velocities."""
 
     class Lost(TorsionModel):
@@ -286,7 +240,7 @@ def test_a_model_that_doubts_everything_leaves_md_alone(make: Make, molecule: Mo
             return np.full(len(state), 7.0)
 
     model, recorder = Lost(molecule.topology, relaxed), Recorder()
-    simulation = make(model)
+    simulation = make_led(model)
     simulation.reporters.append(recorder)
     simulation.step(40)
     stats = simulation.statistics
@@ -297,14 +251,16 @@ def test_a_model_that_doubts_everything_leaves_md_alone(make: Make, molecule: Mo
     assert kinetic > 10.0
 
 
-def test_without_watching_doubt_is_not_asked(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
-    simulation = make(Sinking(molecule.topology, relaxed), watch=False)
+def test_without_watching_doubt_is_not_asked(make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray) -> None:
+    simulation = make_led(Sinking(molecule.topology, relaxed), watch=False)
     simulation.step(40)
     assert simulation.statistics.doubt_switches == 0
 
 
-def test_in_a_purely_latent_run_doubt_is_only_reported(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
-    simulation, recorder = make(Sinking(molecule.topology, relaxed), micro_steps=0, macro_steps=50), Recorder()
+def test_in_a_purely_latent_run_doubt_is_only_reported(
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
+) -> None:
+    simulation, recorder = make_led(Sinking(molecule.topology, relaxed), micro_steps=0, macro_steps=50), Recorder()
     simulation.reporters.append(recorder)
     simulation.step(104)
     assert (simulation.statistics.latent_frames, simulation.statistics.dropped_frames) == (100, 0)
@@ -327,10 +283,10 @@ class Mirrored(TorsionModel):
         return found if self.asked % self.good == 0 else found * [1.0, 1.0, -1.0]
 
 
-def test_inverted_structures_are_decoded_again(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
+def test_inverted_structures_are_decoded_again(make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray) -> None:
     model, recorder = Mirrored(molecule.topology, relaxed), Recorder()
     model.good = 3
-    simulation = make(model)
+    simulation = make_led(model)
     simulation.reporters.append(recorder)
     simulation.run_rounds(2)
     stats = simulation.statistics
@@ -340,10 +296,10 @@ def test_inverted_structures_are_decoded_again(make: Make, molecule: Molecule, r
 
 
 def test_md_goes_on_from_its_last_structure_if_nothing_is_accepted(
-    make: Make, molecule: Molecule, relaxed: np.ndarray
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
 ) -> None:
     model, recorder = Mirrored(molecule.topology, relaxed), Recorder()
-    simulation = make(model)
+    simulation = make_led(model)
     simulation.reporters.append(recorder)
     simulation.run_rounds(2)
     stats = simulation.statistics
@@ -356,242 +312,16 @@ def test_md_goes_on_from_its_last_structure_if_nothing_is_accepted(
     np.testing.assert_array_equal(recorder.returns[0].z_relaxed, last_before.z[0, -1])
 
 
-def test_numbers_that_are_not_numbers_are_decoded_again(make: Make, molecule: Molecule, relaxed: np.ndarray) -> None:
+def test_numbers_that_are_not_numbers_are_decoded_again(
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
+) -> None:
     class Broken(TorsionModel):
         def decode(self, z: np.ndarray, random: np.random.Generator) -> np.ndarray:
             return np.full((len(z), 22, 3), np.nan)
 
-    simulation = make(Broken(molecule.topology, relaxed))
+    simulation = make_led(Broken(molecule.topology, relaxed))
     simulation.run_rounds(1)
     assert simulation.statistics.refused == {"not finite": 5}
-
-
-# -- files and restarts --------------------------------------------------------------------------------------------
-
-
-def reporters(folder: Path, trajectory: str = "solute.dcd") -> list[LEDReporter]:
-    return [
-        LatentReporter(folder / "latent.csv"),
-        RoundReporter(folder / "rounds.csv"),
-        BackMappedReporter(folder / trajectory, every=2),
-    ]
-
-
-def same_state(one: LEDSimulation, other: LEDSimulation) -> None:
-    """Everything that a checkpoint holds, bit for bit."""
-    for a, b in zip(one._at.pack(), other._at.pack(), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-@pytest.mark.parametrize("cut", [2, 7, 12, 25])
-def test_a_resumed_run_goes_on_bit_for_bit(make: Make, tmp_path: Path, cut: int) -> None:
-    """Cut in the warm-up, in latent steps, in MD, and later; with two walkers, and files that go on."""
-    folders = tmp_path / "whole", tmp_path / "cut"
-    whole = make(n_walkers=2)
-    whole.reporters += reporters(folders[0])
-    whole.step(cut)
-    whole.saveCheckpoint(folders[0] / "led.checkpoint")
-    whole.step(17)
-
-    first = make(n_walkers=2)
-    first.reporters += reporters(folders[1])
-    first.step(cut)
-    first.saveCheckpoint(folders[1] / "led.checkpoint")
-    first.step(3)  # lost when the run is killed
-    second = make(n_walkers=2, start=False)
-    second.loadCheckpoint(folders[1] / "led.checkpoint")
-    second.reporters += reporters(folders[1])
-    second.step(17)
-
-    same_state(whole, second)
-    counts = [{k: v for k, v in s.statistics.to_dict().items() if k != "seconds"} for s in (whole, second)]
-    assert counts[0] == counts[1]
-    texts = [(f / "latent.csv").read_bytes() for f in folders]
-    assert texts[0] == texts[1]
-    for k in range(2):
-        frames = [(f / f"solute-{k}.dcd").read_bytes()[276:] for f in folders]
-        assert frames[0] == frames[1]
-    rows = [
-        [line.split(",")[:13] for line in (f / "rounds.csv").read_text(encoding="utf-8").splitlines()] for f in folders
-    ]
-    assert rows[0] == rows[1] and len(rows[0]) == 1 + whole.statistics.returns
-
-
-def test_loading_takes_a_running_simulation_back(make: Make, tmp_path: Path) -> None:
-    simulation = make()
-    simulation.reporters += reporters(tmp_path, "solute.xtc")
-    simulation.step(12)
-    simulation.saveCheckpoint(tmp_path / "c")
-    simulation.step(9)
-    end, text = simulation._at.pack()[1], (tmp_path / "latent.csv").read_bytes()
-    frames = mdtraj.load(str(tmp_path / "solute.xtc"), top=mdtraj.Topology.from_openmm(simulation.topology)).xyz
-    simulation.loadCheckpoint(tmp_path / "c")
-    simulation.step(9)
-    again = simulation._at.pack()[1]
-    for name in end:
-        np.testing.assert_array_equal(end[name], again[name])
-    assert (tmp_path / "latent.csv").read_bytes() == text
-    loaded = mdtraj.load(str(tmp_path / "solute.xtc"), top=mdtraj.Topology.from_openmm(simulation.topology))
-    np.testing.assert_array_equal(loaded.xyz, frames)
-    assert loaded.n_frames == 10
-    np.testing.assert_allclose(loaded.time, 0.2 * np.arange(1, 11), atol=1e-6)
-
-
-def test_other_settings_and_damaged_files_are_refused(make: Make, tmp_path: Path) -> None:
-    simulation = make()
-    simulation.step(1)
-    simulation.saveCheckpoint(tmp_path / "c")
-    with pytest.raises(ValueError, match="expected a checkpoint with macro_steps 7, got 6"):
-        make(macro_steps=7).loadCheckpoint(tmp_path / "c")
-    with pytest.raises(ValueError, match="expected a checkpoint with walkers 2, got 1"):
-        make(n_walkers=2).loadCheckpoint(tmp_path / "c")
-    (tmp_path / "d").write_bytes((tmp_path / "c").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="d is damaged or no checkpoint"):
-        simulation.loadCheckpoint(tmp_path / "d")
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        simulation.loadCheckpoint(tmp_path / "e")
-
-
-def test_files_hold_what_happened(make: Make, tmp_path: Path, relaxed: np.ndarray) -> None:
-    simulation, recorder = make(), Recorder()
-    simulation.reporters += [
-        recorder, LatentReporter(tmp_path / "l.csv", every=3), RoundReporter(tmp_path / "r.csv"),
-        BackMappedReporter(tmp_path / "b.dcd"),
-    ]  # fmt: skip
-    simulation.step(31)
-    table = np.genfromtxt(tmp_path / "l.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
-    assert table.dtype.names == ("walker", "frame", "time_ps", "phase", "doubt", "z0", "z1")
-    assert table["frame"].tolist() == list(range(3, 32, 3))
-    np.testing.assert_allclose(table["time_ps"], 0.1 * table["frame"], atol=1e-9)
-    phases = dict(recorder.of(0))
-    assert table["phase"].tolist() == [phases[n] for n in range(3, 32, 3)]
-    z = np.concatenate([f.z[0] for f in recorder.all])
-    np.testing.assert_allclose(np.stack([table["z0"], table["z1"]], axis=1), z[2::3], rtol=1e-6)
-    rounds = np.genfromtxt(tmp_path / "r.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
-    assert rounds["frame"].tolist() == [10, 19, 28] and rounds["tries"].tolist() == [1, 1, 1]
-    np.testing.assert_allclose(
-        rounds["minimized_kJ_mol"], [r.energies["minimized"] for r in recorder.returns], atol=1e-3
-    )
-    frames = mdtraj.load(str(tmp_path / "b.dcd"), top=mdtraj.Topology.from_openmm(simulation.topology))
-    assert frames.n_frames == 31
-    # decoded frames have the latent torsions up to the noise of decoding, those of MD exactly
-    found = np.radians(dihedral(frames.xyz.astype(float), TORSIONS))
-    apart = np.abs((found - z + np.pi) % (2 * np.pi) - np.pi).max(axis=1)
-    latent = np.array([phases[n] == MACRO for n in range(1, 32)])
-    assert apart[~latent].max() < 1e-4 < 1e-3 < apart[latent].mean() < 0.15
-    # and all lie on the start
-    heavy = [a.index for a in simulation.topology.atoms() if a.element.symbol != "H"]
-    np.testing.assert_allclose(
-        frames.xyz[:, heavy].mean(axis=1), np.tile(relaxed[heavy].mean(axis=0), (31, 1)), atol=1e-5
-    )
-
-
-def test_two_reporters_of_one_file_are_refused(make: Make, tmp_path: Path) -> None:
-    simulation = make()
-    simulation.reporters += [LatentReporter(tmp_path / "l.csv"), LatentReporter(tmp_path / "l.csv")]
-    with pytest.raises(ValueError, match="reporters: expected different files"):
-        simulation.step(1)
-    with pytest.raises(ValueError, match=r"path: expected a file .dcd or .xtc, got x.pdb"):
-        BackMappedReporter("x.pdb")
-
-
-# -- failures ------------------------------------------------------------------------------------------------------
-
-
-def test_md_that_explodes_is_saved_and_named(make: Make, relaxed: np.ndarray, tmp_path: Path) -> None:
-    simulation = make(start=False)
-    crushed = relaxed.copy()
-    crushed[11:] = crushed[:11] + 1e-5
-    with pytest.raises(ValueError, match="reference: expected a structure without clashes"):
-        simulation.setPositions(crushed)
-    simulation.setPositions(relaxed)
-    simulation._at.walkers[0].positions[:] = crushed
-    with pytest.raises(RunFailed, match=r"molecular dynamics stopped in frame \d"):
-        simulation.step(4)
-    assert {"system.xml", "state.xml", "message.txt"} <= {p.name for p in (tmp_path / "failure").iterdir()}
-    assert simulation.frames.tolist() == [0]
-
-
-def test_a_model_that_runs_away_is_saved_and_named(
-    make: Make, molecule: Molecule, relaxed: np.ndarray, tmp_path: Path
-) -> None:
-    class Runaway(TorsionModel):
-        broken = True
-
-        def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
-            z = state.z.copy()
-            z[-1] = np.nan if self.broken else 0.0
-            return LatentState(z, state.memory)
-
-    model = Runaway(molecule.topology, relaxed)
-    simulation = make(model, n_walkers=2)
-    with pytest.raises(RunFailed, match="latent coordinates of walker 1 are not numbers after frame 4"):
-        simulation.step(20)
-    again = make(model, n_walkers=2, start=False)
-    again.loadCheckpoint(tmp_path / "failure" / "before.checkpoint")
-    model.broken = False
-    again.step(3)
-    assert again.frames.tolist() == [7, 7]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"macro_steps": 0}, "macro_steps: expected a whole number >= 1, got 0"),
-        ({"micro_steps": -1}, "micro_steps: expected a whole number >= 0, got -1"),
-        ({"warmup": 0}, "warmup: expected a whole number >= 1, got 0"),
-        ({"n_walkers": 0}, "n_walkers: expected a whole number >= 1, got 0"),
-        ({"timestep": 0.003}, "timestep: expected a divisor of the model's interval of 0.1 ps, got 0.003 ps"),
-        ({"timestep": 1 * unit.nanometer}, "timestep: expected a number or a quantity in picosecond"),
-        ({"temperature": 310.0}, "temperature: expected 300 K, at which the model was trained, got 310 K"),
-        ({"temperature": -5.0}, "temperature: expected a positive number"),
-        ({"equilibration": -1.0, "relaxation": None}, "equilibration: expected a time >= 0"),
-        ({"solute": [0, 99]}, "solute: expected indices from 0 to 21, got 99"),
-        ({"solute": "resname XYZ"}, "solute: expected at least one atom"),
-        ({"solute": range(10)}, "model: it was trained on 22 atoms, but the solute has 10"),
-        ({"platform": "Abacus"}, "platform: expected one of"),
-        ({"integrator": openmm.NoseHooverIntegrator(300, 1, 0.004)}, "integrator: expected one of fixed step length"),
-        ({"integrator": openmm.LangevinMiddleIntegrator(310, 1, 0.004)}, "integrator: expected a thermostat at"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_named(make: Make, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(start=False, **options)
-
-
-def test_a_model_of_another_molecule_is_refused(
-    implicit: openmm.System, molecule: Molecule, relaxed: np.ndarray, tmp_path: Path
-) -> None:
-    model = TorsionModel(molecule.topology, relaxed)
-    model._names[3] = "XX"
-    with pytest.raises(ValueError, match="topology: expected that of the training data"):
-        LEDSimulation(implicit, molecule.topology, model, macro_steps=1, micro_steps=1)
-    _, topology, _ = diatomic()
-    with pytest.raises(ValueError, match="topology: expected 22 atoms, as the System has, got 2"):
-        LEDSimulation(implicit, topology, model, macro_steps=1, micro_steps=1)
-    with pytest.raises(FileNotFoundError):
-        LEDSimulation(implicit, molecule.topology, tmp_path / "no.safetensors", macro_steps=1, micro_steps=1)
-
-
-def test_positions_are_needed_and_checked(make: Make, relaxed: np.ndarray) -> None:
-    simulation = make(start=False, n_walkers=2)
-    with pytest.raises(ValueError, match="positions: expected setPositions or loadCheckpoint"):
-        simulation.step(1)
-    with pytest.raises(ValueError, match=r"positions: expected shape \(22, 3\) or \(2, 22, 3\), got \(3, 22, 3\)"):
-        simulation.setPositions(np.stack([relaxed] * 3))
-    with pytest.raises(ValueError, match="positions: expected finite numbers"):
-        simulation.setPositions(relaxed * np.nan)
-
-
-def test_another_temperature_can_be_allowed_and_the_system_stays(
-    make: Make, implicit: openmm.System, relaxed: np.ndarray
-) -> None:
-    before = openmm.XmlSerializer.serialize(implicit)
-    simulation = make(temperature=320.0, allow_other_temperature=True)
-    simulation.step(14)
-    assert openmm.XmlSerializer.serialize(implicit) == before
 
 
 # -- explicit solvent ----------------------------------------------------------------------------------------------
