@@ -42,11 +42,12 @@ class ChapmanKolmogorov:
         return float(np.nanmax(np.where(error > 0, gap / np.where(error > 0, error, 1.0), 0.0)))
 
 
-def metastable_sets(dtrajs: Sequence[np.ndarray], lag: int, n_sets: int) -> np.ndarray:
+def metastable_sets(dtrajs: Sequence[np.ndarray], lag: int, n_sets: int, crisp: bool = False) -> np.ndarray:
     """Memberships ``(n_states, n_sets)`` by PCCA+ of the reversible Markov model at `lag` frames.
 
     Source: Roeblitz, Weber, Adv. Data Anal. Classif. 2013, 7, 147 (deeptime). States outside the largest connected set
-    belong to no set (a row of zeros).
+    belong to no set (a row of zeros). With `crisp` every other state belongs to one set, that of its largest
+    membership.
     """
     arrays = checked_states(dtrajs)
     transitions = Transitions(arrays, lag, units([len(a) for a in arrays], 1))
@@ -58,7 +59,7 @@ def metastable_sets(dtrajs: Sequence[np.ndarray], lag: int, n_sets: int) -> np.n
         warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
         found = deeptime_module("markov").pcca(chain.matrix, n_sets, stationary_distribution=chain.stationary)
     memberships = np.zeros((transitions.n_states, n_sets))
-    memberships[chain.symbols] = found.memberships
+    memberships[chain.symbols] = np.eye(n_sets)[found.memberships.argmax(axis=1)] if crisp else found.memberships
     return memberships
 
 
@@ -82,7 +83,8 @@ def chapman_kolmogorov(
     Args:
         dtrajs: states ``(n_frames,)`` per trajectory. lag: frames. multiples: k > 0, without the zero that the result
             begins with. n_sets: metastable sets, found by PCCA+ at `lag` unless `memberships` gives them
-            (``(n_states, n_sets)``, for example those of other data on the same states).
+            (``(n_states, n_sets)``, for example those of other data on the same states; states beyond its rows belong
+            to no set).
         interval: between frames. resamples, least_units, seed: of the bootstrap, as in `implied_timescales`.
 
     Raises `ValueError` naming the argument for bad trajectories, lags that do not fit, or other shapes.
@@ -92,8 +94,9 @@ def chapman_kolmogorov(
         raise ValueError(f"multiples: expected at least one number >= 1, got {list(multiples)}")
     sets = metastable_sets(arrays, lag, n_sets) if memberships is None else np.asarray(memberships, dtype=float)
     n_states = 1 + max(int(a.max()) for a in arrays)
-    if sets.ndim != 2 or len(sets) < n_states:
-        raise ValueError(f"memberships: expected a row for each of {n_states} states, got shape {sets.shape}")
+    if sets.ndim != 2:
+        raise ValueError(f"memberships: expected shape (n_states, n_sets), got {sets.shape}")
+    sets = np.pad(sets, ((0, max(0, n_states - len(sets))), (0, 0)))
     pieces = units([len(a) for a in arrays], least_units)
     base = Transitions(arrays, lag, pieces)
     longer = [Transitions(arrays, lag * int(k), pieces) for k in multiples]

@@ -161,14 +161,15 @@ class FirstPassages:
         """`time_at_risk` and `events` as an exponential mean with its interval."""
         return residence(self.time_at_risk, self.events)
 
-    def summary(self) -> dict[str, float | int | str]:
-        """The figures without the lists, for tables and JSON."""
-        return {
+    def summary(self) -> dict[str, float | int | str | None]:
+        """The figures without the lists, for tables and JSON; None for what is not known."""
+        figures: dict[str, float | int | str] = {
             "start": self.start, "end": self.end, "mean": self.mean, "sem": self.sem, "n": self.n,
             "rate_time": self.rate_time.value, "rate_time_error": self.rate_time.error,
             "time_at_risk": self.time_at_risk, "events": self.events, "censored": len(self.open_times),
             "from_core": self.from_core.value, "from_core_error": self.from_core.error,
         }  # fmt: skip
+        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in figures.items()}
 
 
 def hitting_times(

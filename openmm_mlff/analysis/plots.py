@@ -19,7 +19,7 @@ _AXES = {
     "dipole": ("dipole component", "e·Å"),
     "charges": ("atomic charge", "e"),
 }
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -29,7 +29,8 @@ _STYLE = {
 }
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot without windows; raises `ImportError` naming the extra where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -52,7 +53,7 @@ def save_figure(figure: Any, path: str | Path) -> Path:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        _pyplot().close(figure)
+        pyplot().close(figure)
     return path
 
 
@@ -66,7 +67,7 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | Path) -> Pa
     """
     if len(history) == 0:
         raise ValueError("history: expected at least one validation, got none")
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import LogLocator
 
     steps = np.array([row["step"] for row in history])
@@ -75,7 +76,7 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | Path) -> Pa
         return np.array([row.get(name, np.nan) for row in history], dtype=np.float64)
 
     quantities = [q for q in ("forces", "energy", "dipole") if any(f"valid_{q}_mae" in row for row in history)]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 1 + len(quantities), figsize=(3.4 * (1 + len(quantities)), 3.0), squeeze=False)
         _plot_losses(axes[0, 0], steps, column)
         for axis, quantity in zip(axes[0, 1:], quantities, strict=True):
@@ -124,9 +125,9 @@ def plot_parity(comparison: Comparison, path: str | Path, title: str = "") -> Pa
     quantities = comparison.quantities
     if not quantities:
         raise ValueError("comparison: expected at least one quantity with predictions and references, got none")
-    plt = _pyplot()
+    plt = pyplot()
     row = error_table(comparison, "all", samples=2)[0]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2, len(quantities), figsize=(3.2 * len(quantities), 4.6), squeeze=False, height_ratios=[3, 1.3]
         )

@@ -90,6 +90,14 @@ def test_the_chapman_kolmogorov_test_is_passed_by_a_chain() -> None:
     assert found.worst < 4.0
 
 
+def test_states_without_a_row_belong_to_no_set() -> None:
+    dtrajs = walk(CHAIN, 10, 1000, seed=8)
+    short = chapman_kolmogorov(dtrajs, 1, [2], memberships=np.eye(4)[:3, :2], resamples=0)
+    whole = chapman_kolmogorov(dtrajs, 1, [2], memberships=np.eye(4)[:, :2], resamples=0)
+    np.testing.assert_array_equal(short.predicted, whole.predicted)
+    assert (short.predicted[1].sum(axis=1) < 1.0).all()
+
+
 def test_the_chapman_kolmogorov_test_finds_memory() -> None:
     # states 1 and 2 look alike: the lumped process is not Markovian
     hidden = [np.array([0, 1, 1, 2])[d] for d in walk(CHAIN, 40, 3000, seed=2)]
@@ -107,6 +115,7 @@ def test_metastable_sets_and_their_test_are_those_of_deeptime() -> None:
     np.testing.assert_allclose(ours, sets, atol=1e-5)
     np.testing.assert_array_equal(ours.argmax(axis=1)[[0, 2]], ours.argmax(axis=1)[[1, 3]])
     assert ours.argmax(axis=1)[0] != ours.argmax(axis=1)[2]
+    np.testing.assert_array_equal(metastable_sets(dtrajs, 1, 2, crisp=True), np.eye(2)[sets.argmax(axis=1)])
     theirs = models[0].ck_test(models, 2)
     found = chapman_kolmogorov(dtrajs, 1, [1, 2, 4], 2, resamples=0)
     # deeptime takes the identity at time zero, which fuzzy sets do not have
@@ -182,7 +191,7 @@ def test_clusters_are_found_where_the_points_are() -> None:
         (lambda d: implied_timescale_of([np.full(10, np.nan)], 1), "trajs: expected finite numbers"),
         (lambda d: implied_timescale_of(d, 100), "lag: expected from 1 to 99 frames"),
         (lambda d: chapman_kolmogorov(d, 1, [0]), "multiples: expected"),
-        (lambda d: chapman_kolmogorov(d, 1, [2], memberships=np.ones((2, 2))), "memberships: expected a row"),
+        (lambda d: chapman_kolmogorov(d, 1, [2], memberships=np.ones(4)), "memberships: expected shape"),
         (lambda d: metastable_sets(d, 1, 9), r"n_sets: expected from 2 to the \d connected"),
         (lambda d: Grid((0.0,), (0.0,), (3,), (False,)), "expected low < high"),
         (lambda d: Grid((0.0,), (1.0,), (0,), (False,)), "bins: expected at least one"),
