@@ -18,6 +18,7 @@ import numpy as np
 import openmm
 from openmm import app
 
+from openmm_mlff.forces import running
 from openmm_mlff.sampling.checkpoints import seed_for
 from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
 from openmm_mlff.sampling.settings import require_positive, require_whole
@@ -206,7 +207,9 @@ class BackMapper:
         attempt = _Attempt(self, start, seed)
         try:
             reason, stage = attempt.run(box, parameters or {}, energy_limit)
-        except openmm.OpenMMException:
+        except openmm.OpenMMException as error:
+            if running.interrupted(error):
+                raise KeyboardInterrupt from error
             reason, stage = "unstable", attempt.stage
         return attempt.result(reason, stage)
 

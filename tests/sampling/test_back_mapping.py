@@ -189,6 +189,19 @@ def test_dynamics_that_explode_are_unstable_not_an_error(molecule: Molecule, imp
     assert wild.relax(molecule.positions, seed=1).report.accepted
 
 
+def test_an_interrupt_is_not_taken_for_an_unstable_structure(
+    mapper: BackMapper, molecule: Molecule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C inside a learned force reaches Python as an exception of OpenMM."""
+
+    def interrupted(*arguments: object) -> None:
+        raise openmm.OpenMMException("KeyboardInterrupt")
+
+    monkeypatch.setattr(openmm.LocalEnergyMinimizer, "minimize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mapper.relax(molecule.positions, seed=1)
+
+
 def test_refused_structures_are_decoded_again(mapper: BackMapper, dynamics: tuple[np.ndarray, np.ndarray]) -> None:
     good = dynamics[0][0]
     asked = []
