@@ -209,7 +209,7 @@ def test_the_interval_is_the_lag(msm: MSMPropagator, jumps: Trajectories) -> Non
 def test_an_led_model_can_be_the_encoder(jumps: Trajectories, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LEDConfig(latent_dim=1, encoder_widths=(8,), decoder_widths=(8,), decoder_kernels=2, hidden=4, kernels=2)
-    autoencoder = Autoencoder(config, Shapes(2, np.zeros(2, dtype=bool)))
+    autoencoder = Autoencoder(config, Shapes.of(FEATURES))
     points = np.concatenate(jumps.frames)[:, 0, :2]
     autoencoder.fit_scales(points, points)
     led = LED(config, FEATURES, autoencoder, [LatentRNN(config)], interval=2.0)
