@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import openmm
 import pytest
-from openmm import app
+from openmm import app, unit
 
 from openmm_mlff.sampling.back_mapping import (
     STRENGTH,
@@ -14,6 +16,7 @@ from openmm_mlff.sampling.back_mapping import (
     restraint,
     solute_topology,
 )
+from openmm_mlff.sampling.implicit_solvent import use_native_obc2
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 from .copies import Molecule, reference
@@ -154,6 +157,22 @@ def test_restraints_hold_during_the_first_part() -> None:
     apart = mapper.relax(grid, seed=3).positions - grid
     spread = np.mean(apart**2)
     assert abs(spread / (KT / k) - 1) < 4 * np.sqrt(2 / (3 * n))
+
+
+@pytest.mark.slow
+def test_trp_cage_is_relaxed(shared: Path) -> None:
+    """304 atoms in implicit solvent, each displaced by 0.01 nm in every direction."""
+    pdb = app.PDBFile(str(shared / "data" / "1l2y.pdb"))
+    field = app.ForceField("amber14-all.xml", "implicit/obc2.xml")
+    system = field.createSystem(pdb.topology, constraints=app.HBonds, hydrogenMass=3 * unit.amu)
+    use_native_obc2(system)
+    x = pdb.getPositions(asNumpy=True)._value
+    mapper = BackMapper(system, pdb.topology, range(304), x, timestep=0.004, platform="CPU")
+    report = mapper.relax(x + np.random.default_rng(0).normal(0.0, 0.01, x.shape), seed=1).report
+    assert report.accepted, report
+    assert report.energies["decoded"] > report.energies["tight"] > report.energies["minimized"]
+    # a quarter kT per degree of freedom and more is stored in bonds, angles and torsions at 300 K
+    assert report.energies["equilibrated"] - report.energies["minimized"] > 0.25 * KT * (3 * 304 - 150)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
