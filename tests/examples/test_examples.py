@@ -70,3 +70,19 @@ def test_coarse_grained_gdml(repository: Path, tmp_path: Path) -> None:
     assert beads.n_frames == 12 and [a.name for a in beads.topology.atoms] == ["C", "N", "CA", "CB", "C", "N"]
     # the peptide bonds stay near 1.34 angstrom
     assert abs(mdtraj.compute_distances(beads, [[0, 1], [4, 5]]).mean() - 0.134) < 0.01
+
+
+def test_led(repository: Path, tmp_path: Path) -> None:
+    done = run(repository, "04_led.py", "--quick", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    frames = re.search(r"alternation: (\d+) latent frames and (\d+) of MD, (\d+) returns", done.stdout)
+    # 350 frames: 20 of warm-up, three rounds of 100 latent frames and 10 of MD
+    assert frames is not None and [int(n) for n in frames.groups()] == [300, 30, 3]
+    gain = re.search(r"([\d.]+) times as fast as MD alone; the bound is 1 \+ rho = ([\d.]+)", done.stdout)
+    assert gain is not None and float(gain[2]) == 11.0 and float(gain[1]) > 1.0
+    pdb = repository / "examples" / "recipes" / "capped_alanine.pdb"
+    solute = mdtraj.load(str(tmp_path / "alternation.dcd"), top=str(pdb))
+    assert len(solute) == 35
+    # decoded or not, every carbonyl has its length
+    assert abs(mdtraj.compute_distances(solute, [[4, 5]]).mean() - 0.123) < 0.01
+    assert {p.name for p in (tmp_path / "validation").iterdir()} >= {"report.json", "torsions.png", "latent.png"}
