@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         _write_json(output / CONFIGURATION, dataclasses.asdict(plan))
         start = runner.reference if isinstance(runner, LatentRun) else molecule.positions[molecule.atoms]
         write_solute(output / "solute.pdb", molecule.solute, start)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     begin, first = time.perf_counter(), _made(runner)
     stopped = False
     try:

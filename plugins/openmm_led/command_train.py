@@ -68,7 +68,7 @@ def read_model(path: str) -> Propagator:
 def train(args: argparse.Namespace) -> int:
     """Run ``led train``; 0 when everything is done, 130 when it was stopped before."""
     torch.set_num_threads(args.threads)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     output = Path(args.output)
     config, options = settings(args.set, {"latent_dim": args.latent_dim}, args.seed)
     molecule = read_molecule(args.topology, args.solute)
@@ -133,7 +133,7 @@ def compare(
     chosen = Settings(
         lag=args.lag, sets=args.sets, states=args.states, copies=args.copies, baselines=args.baselines, seed=args.seed
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     say = (lambda line: None) if args.quiet else (lambda line: console.print(line, highlight=False))
     comparison = validate(model, test, train, topology=molecule.solute, settings=chosen, say=say)
     write_report(comparison, output)
