@@ -2,8 +2,8 @@
 
 What a model decodes has bonds, angles and contacts that are only nearly right, and random hydrogens. It is checked,
 minimised with its heavy atoms held (first tightly, so that hydrogens and solvent give way, then loosely), checked
-again, and brought to temperature: velocities from the Maxwell-Boltzmann distribution that are drawn anew every so often
-(a thermostat of strong friction), with the heavy atoms held at first and then free. What fails is decoded again.
+again, and brought to temperature: velocities from the Maxwell-Boltzmann distribution and Langevin dynamics of strong
+friction, with the heavy atoms held at first and then free. What fails is decoded again.
 
 Units are OpenMM's: nm, ps, kJ/mol, K.
 """
@@ -26,8 +26,10 @@ from openmm_mlff.sampling.structure_checks import StructureChecks
 
 #: global parameter of the restraint: its force constant, kJ/mol/nm^2
 STRENGTH = "back_mapping_restraint"
-#: the first stretch of dynamics, up to the first new velocities, is made in steps that are so many times shorter
-GENTLE = 4
+#: the first so many steps of dynamics are divided into so many shorter ones
+GENTLE, DIVIDED = 25, 4
+#: platforms whose forces have the same bits every time, and whose random numbers a new start can repeat
+REPEATABLE = ("Reference", "CPU")
 #: relative, of constrained distances
 CONSTRAINT_TOLERANCE = 1e-6
 #: what must not act while a structure is relaxed
@@ -49,7 +51,7 @@ class RelaxationSettings:
             during the first part of the dynamics.
         iterations: at most, of each minimisation. tolerance: root-mean-square force at its end, kJ/mol/nm.
         restrained, free: lengths of the two parts of the dynamics, ps. 0 leaves a part out.
-        collisions: time between two draws of new velocities, ps; a friction of about one over it.
+        friction: of the dynamics, 1/ps.
         max_moved: largest root-mean-square displacement of the heavy atoms in minimisation, nm.
         tries: how many structures are decoded before the last one of MD is taken instead.
     """
@@ -60,12 +62,12 @@ class RelaxationSettings:
     tolerance: float = 10.0
     restrained: float = 0.5
     free: float = 1.5
-    collisions: float = 0.1
+    friction: float = 10.0
     max_moved: float = 0.1
     tries: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("tight", "loose", "tolerance", "collisions", "max_moved"):
+        for name in ("tight", "loose", "tolerance", "friction", "max_moved"):
             require_positive(name, getattr(self, name))
         for name in ("restrained", "free"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -180,9 +182,11 @@ class BackMapper:
         choice = self.platform
         if not isinstance(choice, PlatformChoice):
             choice = choose_platform(self._n, choice)
-        self._integrator = openmm.VerletIntegrator(self.timestep)
+        # its positions have the right distribution at long steps; a leapfrog's are too hot in stiff bonds
+        self._integrator = openmm.LangevinMiddleIntegrator(self.temperature, self.settings.friction, self.timestep)
         self._integrator.setConstraintTolerance(CONSTRAINT_TOLERANCE)
         self._context = openmm.Context(self.system, self._integrator, choice.platform, choice.properties)
+        self._repeatable = choice.name in REPEATABLE
 
     def relax(
         self,
@@ -249,10 +253,10 @@ class _Attempt:
         self._mapper, self._start, self._seed = mapper, start, seed
         self._context = mapper._context
         self._solute = mapper._solute
-        self._draws = 0
         self._faults = mapper.checks(start[self._solute])
         self._last = start
         self.stage = "decoded"
+        self._gentle = GENTLE
         self._energies: dict[str, float] = {}
         self._moved = float("nan")
 
@@ -282,7 +286,7 @@ class _Attempt:
             reason = "energy"
         if reason:
             return reason, self.stage
-        self._new_velocities()
+        self._context.setVelocitiesToTemperature(self._mapper.temperature, self._seed)
         self._dynamics(settings.restrained, settings.loose)
         self._dynamics(settings.free, 0.0)
         self._note("equilibrated")
@@ -296,16 +300,19 @@ class _Attempt:
 
     def _enter(self, box: np.ndarray | None, parameters: Mapping[str, float]) -> None:
         mapper, context = self._mapper, self._context
+        force = mapper._restraint
+        for k, i in enumerate(self._solute[mapper.heavy]):
+            force.setParticleParameters(k, int(i), self._start[i])
+        if mapper._repeatable:
+            restart(context, mapper.system, mapper._integrator, self._seed)
+        else:
+            force.updateParametersInContext(context)
         if box is not None and mapper._periodic:
             context.setPeriodicBoxVectors(*box)
         known = context.getParameters()
         for name, value in parameters.items():
             if name in known:
                 context.setParameter(name, value)
-        force = mapper._restraint
-        for k, i in enumerate(self._solute[mapper.heavy]):
-            force.setParticleParameters(k, int(i), self._start[i])
-        force.updateParametersInContext(context)
         context.setParameter(STRENGTH, 0.0)
         context.setPositions(self._start)
         context.computeVirtualSites()
@@ -318,27 +325,20 @@ class _Attempt:
         self._context.setParameter(STRENGTH, 0.0)
 
     def _dynamics(self, length: float, strength: float) -> None:
-        """Stretches between two draws of velocities; the very first one in shorter steps."""
-        mapper = self._mapper
+        """Dynamics with restraints; the very first steps are shorter."""
+        integrator, timestep = self._mapper._integrator, self._mapper.timestep
         self._context.setParameter(STRENGTH, strength)
-        left = round(length / mapper.timestep)
-        stretch = max(1, round(mapper.settings.collisions / mapper.timestep))
-        while left > 0:
-            n = min(stretch, left)
-            if self._draws == 1:
-                mapper._integrator.setStepSize(mapper.timestep / GENTLE)
-                mapper._integrator.step(GENTLE * n)
-                mapper._integrator.setStepSize(mapper.timestep)
-            else:
-                mapper._integrator.step(n)
-            left -= n
-            self._new_velocities()
+        left = round(length / timestep)
+        gentle = min(self._gentle, left)
+        if gentle:
+            integrator.setStepSize(timestep / DIVIDED)
+            try:
+                integrator.step(DIVIDED * gentle)
+            finally:
+                integrator.setStepSize(timestep)
+        integrator.step(left - gentle)
+        self._gentle -= gentle
         self._context.setParameter(STRENGTH, 0.0)
-
-    def _new_velocities(self) -> None:
-        seed = seed_for(self._seed, "velocities", self._draws)
-        self._context.setVelocitiesToTemperature(self._mapper.temperature, seed)
-        self._draws += 1
 
     def _note(self, stage: str) -> None:
         state = self._context.getState(positions=True, energy=True)
@@ -350,6 +350,22 @@ class _Attempt:
         if not (np.isfinite(self._last).all() and np.isfinite(self._energies[stage])):
             return "unstable"
         return self._mapper.checks(self._last[self._solute]).reason
+
+
+def restart(context: openmm.Context, system: openmm.System, integrator: openmm.Integrator, seed: int) -> None:
+    """Start a Context anew with random seeds of its own; its parameters stay, positions and velocities have to be set.
+
+    What the platform remembers (random numbers, neighbour lists, pair lists of learned forces) is gone, so that the
+    steps that follow depend on what is set and on the seed alone.
+    """
+    parameters = dict(context.getParameters())
+    for thing in (integrator, *system.getForces()):
+        if hasattr(thing, "setRandomNumberSeed"):
+            thing.setRandomNumberSeed(seed)
+    context.reinitialize()
+    for name, value in parameters.items():
+        context.setParameter(name, value)
+    running.restore_pair_lists(system, [{} for _ in running.pair_list_state(system)])
 
 
 def restraint(atoms: Sequence[int], periodic: bool) -> openmm.CustomExternalForce:

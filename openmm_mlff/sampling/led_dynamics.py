@@ -15,10 +15,9 @@ from openmm import app
 
 from openmm_mlff.forces import running
 from openmm_mlff.sampling import guards
+from openmm_mlff.sampling.back_mapping import REPEATABLE, restart
 from openmm_mlff.sampling.platforms import PlatformChoice
 
-#: platforms whose forces have the same bits every time, and whose random numbers a new start can repeat
-REPEATABLE = ("Reference", "CPU")
 #: integrators that remember more than positions and velocities
 _WITH_MEMORY = (
     openmm.CompoundIntegrator,
@@ -134,14 +133,7 @@ class MolecularDynamics:
     def _enter(self, walker: Walker, seed: int, temperature: float | None) -> None:
         context = self.context
         if self._fresh:
-            parameters = dict(context.getParameters())
-            for thing in (self._integrator, *self._system.getForces()):
-                if hasattr(thing, "setRandomNumberSeed"):
-                    thing.setRandomNumberSeed(seed)
-            context.reinitialize()
-            for name, value in parameters.items():
-                context.setParameter(name, value)
-            running.restore_pair_lists(self._system, [{} for _ in running.pair_list_state(self._system)])
+            restart(context, self._system, self._integrator, seed)
         if self._periodic:
             context.setPeriodicBoxVectors(*walker.box)
         context.setPositions(walker.positions)

@@ -12,7 +12,7 @@ import pytest
 from openmm import unit
 
 from openmm_mlff.analysis.observables import dihedral
-from openmm_mlff.sampling import led_dynamics
+from openmm_mlff.sampling import back_mapping, led_dynamics
 from openmm_mlff.sampling.back_mapping import RelaxationSettings
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.led_records import MACRO
@@ -262,7 +262,8 @@ def test_another_temperature_can_be_allowed_and_the_system_stays(
 
 def test_a_platform_that_cannot_repeat_runs_too(make_led: MakeLED, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the Context is not started anew for every stretch."""
-    monkeypatch.setattr(led_dynamics, "REPEATABLE", ())
+    for module in (led_dynamics, back_mapping):
+        monkeypatch.setattr(module, "REPEATABLE", ())
     simulation, recorder = make_led(n_walkers=2), Recorder()
     simulation.reporters.append(recorder)
     simulation.run_rounds(2)

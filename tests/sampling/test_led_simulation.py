@@ -135,7 +135,7 @@ def test_energies_of_an_exact_model_are_those_of_its_temperature(tmp_path: Path)
     )  # fmt: skip
     simulation.setPositions(positions)
     simulation.reporters.append(recorder)
-    simulation.run_rounds(250)
+    simulation.run_rounds(150)
     assert simulation.statistics.fallbacks == 0
     frames = [f for f in recorder.all if f.phase == MICRO]
     energies = np.array([f.energies[0].mean() for f in frames if f.energies is not None])
@@ -144,7 +144,7 @@ def test_energies_of_an_exact_model_are_those_of_its_temperature(tmp_path: Path)
     for found, exact in ((energies, half_kt), (lengths, model.mean)):
         # rounds are independent of one another
         assert abs(found.mean() - exact) < 4 * found.std(ddof=1) / np.sqrt(len(found))
-    assert energies.std(ddof=1) / np.sqrt(len(energies)) < 0.1 * half_kt
+    assert energies.std(ddof=1) / np.sqrt(len(energies)) < 0.15 * half_kt
 
 
 def test_a_particle_in_a_field_keeps_its_place(tmp_path: Path) -> None:
@@ -159,13 +159,13 @@ def test_a_particle_in_a_field_keeps_its_place(tmp_path: Path) -> None:
     )  # fmt: skip
     simulation.setPositions(positions)
     simulation.reporters += [recorder, BackMappedReporter(tmp_path / "p.dcd")]
-    simulation.run_rounds(400)
+    simulation.run_rounds(200)
     assert simulation.statistics.fallbacks == 0
     for record in recorder.returns:
         np.testing.assert_allclose(record.z_relaxed, record.z_decoded, atol=1e-4)
     energies = np.array([f.energies[0, 0] for f in recorder.all if f.phase == MICRO and f.energies is not None])
     kt = BOLTZMANN_KJ_PER_MOL * 300.0
-    assert abs(energies.mean() - 1.5 * kt) < 4 * np.sqrt(1.5 / 400) * kt
+    assert abs(energies.mean() - 1.5 * kt) < 4 * np.sqrt(1.5 / 200) * kt
     frames = mdtraj.load(str(tmp_path / "p.dcd"), top=str(pdb_of(topology, positions, tmp_path)))
     z = np.concatenate([f.z[0] for f in recorder.all])
     np.testing.assert_allclose(frames.xyz[:, 0], z, atol=1e-4)
@@ -336,7 +336,7 @@ def test_the_solute_returns_into_its_water(repository: Path, molecule: Molecule,
     system.addForce(openmm.MonteCarloBarostat(1.0, 300.0, 10))
     start = pdb.getPositions(asNumpy=True)._value
     model = TorsionModel(molecule.topology, start[:22], width=0.6)
-    relaxation = RelaxationSettings(restrained=0.02, free=0.02, iterations=20, collisions=0.02)
+    relaxation = RelaxationSettings(restrained=0.02, free=0.02, iterations=20)
     simulation = LEDSimulation(
         system, pdb.topology, model, macro_steps=5, micro_steps=1, warmup=1, relaxation=relaxation, platform="CPU",
         failure=tmp_path,

@@ -174,7 +174,7 @@ def test_molecular_dynamics_accepts_the_box(box_of_water: app.PDBFile) -> None:
     )
     x = pdb.getPositions(asNumpy=True)._value
     found = SolventBox(pdb.topology, SOLUTE).insert(x, turned(pdb, -60, -45), box, np.random.default_rng(0))
-    settings = RelaxationSettings(iterations=20, restrained=0.02, free=0.02, collisions=0.02)
+    settings = RelaxationSettings(iterations=20, restrained=0.02, free=0.02)
     mapper = BackMapper(system, pdb.topology, SOLUTE, x[SOLUTE], settings=settings, platform="CPU")
     report = mapper.relax(found.positions, seed=1, box=box).report
     assert report.accepted, report
