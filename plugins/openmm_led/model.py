@@ -27,8 +27,8 @@ from openmm_mlff.sampling.propagators import LatentState, Propagator
 FAMILY = "led"
 #: frames that go through features and encoder at once
 BATCH = 4096
-#: draws of a step that leave the support of the training data before the walker stays where it is
-TRIALS = 20
+#: arrays of `Support` in the model file
+_SUPPORT = ("points", "cells", "regions", "pairs")
 
 
 class LED(Propagator):
@@ -37,9 +37,8 @@ class LED(Propagator):
     Attributes:
         config, features, autoencoder, rnns: what it is made of.
         support: of the training data. details: what the card says beside (training data, accuracy, ...).
-        confined: steps that leave the support of the training data are drawn again from the same kernel, so that the
-            probabilities of jumps stay as they are; in the empty space between states nothing was learned, and a walker
-            that strays into it may come out anywhere.
+        confined: a step out of a well-sampled region of latent space ends where the nearest observed transition did
+            (see `support`); how often such steps are taken stays as it was learned.
     """
 
     confined = True
@@ -121,22 +120,12 @@ class LED(Propagator):
         return [np.flatnonzero(chosen == i) for i in range(len(self._steppers))]
 
     def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        features = stepper.features(z, memory)
-        draw = stepper.draw
-        kernel = draw.kernel(features, random)
-        later = z + draw.within(features, kernel, random)
-        if not self.confined or self.support is None:
-            return later
-        out = np.flatnonzero(~self.support.inside(later))
-        if len(out):
-            # a walker that was put outside is left to itself
-            out = out[self.support.inside(z[out])]
-        for _ in range(TRIALS):
-            if not len(out):
-                return later
-            later[out] = z[out] + draw.within(features[out], kernel[out], random)
-            out = out[~self.support.inside(later[out])]
-        later[out] = z[out]
+        later = z + stepper.draw(stepper.features(z, memory), random)
+        if self.confined and self.support is not None:
+            after = self.support.region(later)
+            leaving = np.flatnonzero((after == 0) | (after != self.support.region(z)))
+            if len(leaving):
+                later[leaving] = self.support.observed(z[leaving], later[leaving])
         return later
 
     def doubt(self, state: LatentState) -> np.ndarray:
@@ -184,7 +173,8 @@ class LED(Propagator):
         for i, rnn in enumerate(self.rnns):
             found |= {f"rnn_{i}.{k}": v for k, v in rnn.state_dict().items()}
         if self.support is not None:
-            found["support"] = torch.as_tensor(self.support.points)
+            for name in _SUPPORT:
+                found[f"support.{name}"] = torch.as_tensor(getattr(self.support, name))
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -209,7 +199,9 @@ class LED(Propagator):
             ) from error
         support = None
         if stored.get("support") is not None:
-            support = Support(tensors["support"].numpy(), *stored["support"])
+            arrays = {name: tensors[f"support.{name}"].numpy() for name in _SUPPORT}
+            distance, spread, width = stored["support"]
+            support = Support(**arrays, distance=distance, spread=spread, width=width)
         details = {k: card[k] for k in model_file.CARD_FIELDS if k in card}
         return cls(
             config, features, autoencoder, rnns, interval=stored["interval"], temperature=stored["temperature"],

@@ -1,8 +1,15 @@
-"""Where the training data were in latent space: how far a point is from them, and whether it is among them at all."""
+"""Where the training data were in latent space, and which transitions between well-sampled regions they hold.
+
+A mixture density spreads some probability everywhere. Within a well-sampled region that does no harm; but a step out of
+one, taken once in a thousand, leads into space where nothing was learned, and the walker may come out in another state:
+the rates of rare events would be those of the mixtures' tails. So the slowest latent coordinates are cut into cells,
+cells with enough training frames that touch one another make up regions, and a walker leaves its region only along a
+transition that was observed.
+"""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,8 +18,10 @@ import numpy as np
 
 #: neighbours whose distance tells how well the training data support a latent point
 NEIGHBOURS = 5
-#: up to this dimension all cells around an occupied one count as occupied; above it those that share a face
-_ALL_AROUND = 4
+#: latent coordinates, the slowest ones, in which regions are told apart
+SLOW = 2
+#: training frames that make a cell part of a region
+ENOUGH = 5
 _WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6)
 
 
@@ -23,13 +32,18 @@ class Support:
     Attributes:
         points: ``(m, latent_dim)``. distance: to the `NEIGHBOURS`-th nearest point; the largest one of any validation
             frame. spread: of the members' predictions, likewise; infinite with one member.
-        width: of the cells that `inside` looks at.
+        width: of the cells. cells: ``(n_cells, slow)`` int, those with enough frames, and ``regions`` ``(n_cells,)``,
+            the region of each, from 1. pairs: ``(p, 2, latent_dim)``, observed transitions: those out of, into, outside
+            of or between regions, and a sample of the others.
     """
 
     points: np.ndarray
     distance: float
     spread: float
     width: float
+    cells: np.ndarray
+    regions: np.ndarray
+    pairs: np.ndarray
 
     @cached_property
     def _tree(self) -> Any:
@@ -37,43 +51,82 @@ class Support:
 
         return cKDTree(self.points)
 
+    @cached_property
+    def _pair_tree(self) -> Any:
+        from scipy.spatial import cKDTree
+
+        slow = self.pairs[:, :, : self.cells.shape[1]]
+        return cKDTree(slow.reshape(len(slow), -1))
+
     def far(self, z: np.ndarray) -> np.ndarray:
         """Distance to the `NEIGHBOURS`-th nearest point, ``(n,)``."""
         return self._tree.query(z, k=NEIGHBOURS)[0][:, -1]
 
     @cached_property
-    def _cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Lowest cell, number of cells and stride per dimension, and the sorted numbers of the occupied cells."""
-        d = self.points.shape[1]
-        cells = np.unique(np.floor(self.points / self.width).astype(np.int64), axis=0)
-        if d <= _ALL_AROUND:
-            around = np.array(list(itertools.product((-1, 0, 1), repeat=d)))
-        else:
-            around = np.concatenate([np.zeros((1, d), np.int64), np.eye(d, dtype=np.int64), -np.eye(d, dtype=np.int64)])
-        low, n = cells.min(0) - 1, np.ptp(cells, axis=0) + 3
-        stride = np.append(np.cumprod(n[::-1])[::-1][1:], 1)
-        numbers = ((cells[:, None] + around - low) @ stride).ravel()
-        return low, n, stride, np.unique(numbers)
+    def _map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Regions on a grid with a margin of empty cells, its lowest cell, and its last index per dimension."""
+        low = self.cells.min(0) - 1
+        grid = np.zeros(np.ptp(self.cells, axis=0) + 3, np.int32)
+        grid[tuple((self.cells - low).T)] = self.regions
+        return grid, low, np.array(grid.shape) - 1
 
-    def inside(self, z: np.ndarray) -> np.ndarray:
-        """Whether points ``(n, latent_dim)`` lie in or beside a cell that holds training data, ``(n,)``."""
-        low, n, stride, numbers = self._cells
-        cell = np.floor(z / self.width).astype(np.int64) - low
-        within = ((cell >= 0) & (cell < n)).all(-1)
-        number = cell @ stride
-        at = np.minimum(np.searchsorted(numbers, number), len(numbers) - 1)
-        return within & (numbers[at] == number)
+    def region(self, z: np.ndarray) -> np.ndarray:
+        """The region of points ``(n, latent_dim)``, ``(n,)``; 0 outside of all."""
+        grid, low, last = self._map
+        cell = np.floor(z[:, : len(low)] / self.width).astype(np.int64) - low
+        return grid[tuple(np.clip(cell, 0, last).T)]
+
+    def observed(self, z: np.ndarray, later: np.ndarray) -> np.ndarray:
+        """The end ``(n, latent_dim)`` of the observed transition that is nearest to ``z -> later`` in the slow
+        coordinates."""
+        slow = self.cells.shape[1]
+        at = self._pair_tree.query(np.concatenate([z[:, :slow], later[:, :slow]], axis=1))[1]
+        return self.pairs[at, 1]
 
 
-def cell_width(points: np.ndarray, valid: np.ndarray, share: float = 0.999) -> float:
-    """The narrowest cells for which `share` of the validation points ``(n, latent_dim)`` is inside."""
+def build(train: Sequence[np.ndarray], valid: np.ndarray, *, n_points: int, seed: int, share: float = 0.995) -> Support:
+    """Points, regions and transitions of latent training trajectories; `distance` and `spread` are left infinite.
+
+    Args:
+        train: ``(n_frames, latent_dim)`` each. valid: ``(n, latent_dim)``, of which `share` must lie within the
+            regions; the narrowest cells for which this holds are taken. n_points: kept of points, and of transitions.
+    """
+    everything = np.concatenate(train)
+    random = np.random.default_rng([seed, 2])
+    points = choose_points(everything, n_points, random)
     for width in _WIDTHS:
-        if Support(points, np.inf, np.inf, width).inside(valid).mean() >= share:
-            return width
-    return 2 * _WIDTHS[-1]
+        cells, regions = _regions(everything, width)
+        found = Support(points, np.inf, np.inf, width, cells, regions, everything[:1, None].repeat(2, 1))
+        if len(cells) and (found.region(valid) > 0).mean() >= share:
+            break
+    pairs = np.concatenate([np.stack([z[:-1], z[1:]], axis=1) for z in train])
+    before, after = found.region(pairs[:, 0]), found.region(pairs[:, 1])
+    special = (before != after) | (after == 0)
+    kept = [_some(pairs[special], n_points, random), _some(pairs[~special], n_points // 2, random)]
+    return Support(points, np.inf, np.inf, width, cells, regions, np.concatenate(kept))
 
 
-def choose_points(points: np.ndarray, n: int, seed: int) -> np.ndarray:
+def _regions(z: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cells with enough frames, and which of them touch one another (corners count)."""
+    from scipy.ndimage import label
+
+    slow = min(SLOW, z.shape[1])
+    cells, counts = np.unique(np.floor(z[:, :slow] / width).astype(np.int64), axis=0, return_counts=True)
+    cells = cells[counts >= ENOUGH]
+    if not len(cells):
+        return cells, np.empty(0, np.int32)
+    low = cells.min(0)
+    grid = np.zeros(np.ptp(cells, axis=0) + 1, bool)
+    grid[tuple((cells - low).T)] = True
+    labels, _ = label(grid, structure=np.ones((3,) * slow))
+    return cells, labels[tuple((cells - low).T)].astype(np.int32)
+
+
+def _some(rows: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
+    return rows if len(rows) <= n else rows[np.sort(random.choice(len(rows), n, replace=False))]
+
+
+def choose_points(points: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
     """At most n of the points, drawn evenly over the space that they occupy rather than in time.
 
     So rare states are supported as well as frequent ones.
@@ -82,5 +135,5 @@ def choose_points(points: np.ndarray, n: int, seed: int) -> np.ndarray:
         return points
     cells = np.unique(np.floor(points / _WIDTHS[0]), axis=0, return_inverse=True)[1].ravel()
     weight = 1.0 / np.bincount(cells)[cells]
-    chosen = np.random.default_rng([seed, 2]).choice(len(points), n, replace=False, p=weight / weight.sum())
+    chosen = random.choice(len(points), n, replace=False, p=weight / weight.sum())
     return points[np.sort(chosen)]

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from openmm_led import support
 from openmm_led.autoencoder import Autoencoder, AutoencoderMethod, DecoderMethod, Shapes
 from openmm_led.config import LEDConfig, LEDOptions
 from openmm_led.features import Features
 from openmm_led.mixtures import FixedKernels
 from openmm_led.model import BATCH, LED
 from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN
-from openmm_led.support import NEIGHBOURS, Support, cell_width, choose_points
+from openmm_led.support import Support
 from openmm_led.trajectories import Trajectories, check_separate, describe
 from openmm_mlff.data.jobs import claim_folder
 from openmm_mlff.training.loop import LoopOptions, averaged, fit
@@ -201,17 +202,18 @@ def _latent(model: Autoencoder, data: _Encoded) -> list[np.ndarray]:
 
 
 def _support(model: LED, z: dict[str, list[np.ndarray]], seed: int) -> Support:
-    """Training points, and the largest distance and spread that validation frames reach."""
-    points = choose_points(np.concatenate(z["train"]), SUPPORT_POINTS, seed)
+    """Regions and transitions of the training data, and the largest distance and spread of validation frames."""
     valid = np.concatenate(z["valid"])
     spaced = valid[np.linspace(0, len(valid) - 1, min(len(valid), 50_000)).astype(int)]
-    width = cell_width(points, spaced)
-    distance = float(Support(points, np.inf, np.inf, width).far(spaced).max())
+    found = support.build(z["train"], spaced, n_points=SUPPORT_POINTS, seed=seed)
+    distance = float(found.far(spaced).max())
+    if not distance > 0:
+        raise ValueError(
+            f"trajectories: expected validation frames that differ, got {support.NEIGHBOURS} or more equal ones"
+        )
     spread = np.inf
     if len(model.rnns) > 1:
         history = np.stack([run[:200] for run in z["valid"] if len(run) >= 200] or [z["valid"][0]])
         ends = range(1, history.shape[1] + 1, 10)
         spread = float(max(model.spread(model.start(history[:, :end])).max() for end in ends))
-    if not distance > 0:
-        raise ValueError(f"trajectories: expected validation frames that differ, got {NEIGHBOURS} or more equal ones")
-    return Support(points, distance, spread, width)
+    return dataclasses.replace(found, distance=distance, spread=spread)

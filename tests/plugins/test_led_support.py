@@ -5,45 +5,72 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openmm_led.support import NEIGHBOURS, Support, cell_width, choose_points
+from openmm_led.support import NEIGHBOURS, Support, build, choose_points
 
 
-@pytest.mark.parametrize("d", [1, 2, 4, 6])
-def test_points_near_the_data_are_inside_and_others_not(d: int) -> None:
+def islands(seed: int, d: int = 3, crossings: bool = True) -> list[np.ndarray]:
+    """Two discs of radius 0.5 around (-2, 0) and (2, 0) in the slow plane; one run crosses between them and back."""
+    random = np.random.default_rng(seed)
+    angle, radius = random.uniform(0, 2 * np.pi, 20_000), 0.5 * np.sqrt(random.uniform(0, 1, 20_000))
+    z = np.stack([radius * np.cos(angle), radius * np.sin(angle), *random.standard_normal((d - 2, 20_000))], -1)
+    z[:, 0] -= 2.0
+    runs = [z[:10_000].copy(), z[10_000:].copy()]
+    runs[1][:, 0] += 4.0
+    if crossings:
+        runs[0][5000] = np.r_[0.1, 0.2, np.zeros(d - 2)]  # on its way
+        runs[0][5001:, 0] += 4.0
+    return runs
+
+
+@pytest.fixture(scope="module")
+def support() -> Support:
+    return build(islands(0), np.concatenate(islands(1, crossings=False)), n_points=3000, seed=0)
+
+
+def test_regions_are_the_well_sampled_islands(support: Support) -> None:
+    valid = np.concatenate(islands(2, crossings=False))
+    found = support.region(valid)
+    assert (found > 0).mean() >= 0.995
+    left = found[valid[:, 0] < 0]
+    right = found[valid[:, 0] > 0]
+    assert set(left[left > 0]) & set(right[right > 0]) == set()
+    assert len(set(left[left > 0])) == len(set(right[right > 0])) == 1
+    assert (support.region(np.array([[0.1, 0.2, 0.0], [50.0, 0.0, 0.0], [-2.0, 30.0, 0.0]])) == 0).all()
+
+
+def test_steps_between_islands_end_where_the_observed_one_did(support: Support) -> None:
+    z, beyond = np.array([[-1.9, 0.1, 3.0]]), np.array([[1.7, 0.3, -1.0]])
+    run = islands(0)[0]
+    across = support.observed(np.array([[0.1, 0.2, 0.0]]), beyond)
+    np.testing.assert_allclose(across[0], run[5001])
+    # from the middle of an island to the space between: the frame on its way is the only one there
+    np.testing.assert_allclose(support.observed(z, np.array([[0.0, 0.2, 5.0]]))[0], run[5000])
+    # a little over the edge: back to an end that was seen
+    inside = support.observed(z, np.array([[-1.3, 0.0, 0.0]]))
+    assert np.hypot(inside[0, 0] + 2.0, inside[0, 1]) <= 0.5 + 1e-9
+
+
+def test_distance_is_that_of_the_fifth_neighbour(support: Support) -> None:
+    z = np.random.default_rng(0).standard_normal((20, 3))
+    expected = np.sort(np.linalg.norm(z[:, None] - support.points, axis=-1), axis=1)[:, NEIGHBOURS - 1]
+    np.testing.assert_allclose(support.far(z), expected)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_any_dimension_and_sparse_data(d: int) -> None:
     random = np.random.default_rng(d)
-    points = random.uniform(-1, 1, (3000, d)) * np.where(np.arange(d) < 2, 1.0, 0.05)
-    points[: len(points) // 2, 0] += 5.0  # two islands
-    support = Support(points, 1.0, np.inf, 0.2)
-    assert support.inside(points).all()
-    near = points[:500] + random.uniform(-1, 1, (500, d)) * (0.19 if d <= 4 else 0.02)
-    assert support.inside(near).mean() > (0.999 if d <= 4 else 0.9)
-    between = points[:500].copy()
-    between[:, 0] = 2.5
-    assert not support.inside(between).any()
-    assert not support.inside(np.full((3, d), [[1e3], [-1e3], [50.0]])).any()
-
-
-def test_distance_is_that_of_the_fifth_neighbour() -> None:
-    random = np.random.default_rng(0)
-    points, z = random.standard_normal((200, 3)), random.standard_normal((20, 3))
-    expected = np.sort(np.linalg.norm(z[:, None] - points, axis=-1), axis=1)[:, NEIGHBOURS - 1]
-    np.testing.assert_allclose(Support(points, 1.0, np.inf, 0.1).far(z), expected)
-
-
-def test_cells_are_as_narrow_as_validation_data_allow() -> None:
-    random = np.random.default_rng(0)
-    dense, sparse = random.uniform(0, 1, (20_000, 2)), random.uniform(0, 1, (20, 2))
-    valid = random.uniform(0, 1, (2000, 2))
-    assert cell_width(dense, valid) == 0.1
-    wide = cell_width(sparse, valid)
-    assert wide > 0.1
-    assert Support(sparse, 1.0, np.inf, wide).inside(valid).mean() >= 0.999
+    runs = [random.standard_normal((200, d)) for _ in range(3)]
+    support = build(runs, random.standard_normal((500, d)), n_points=100, seed=1)
+    assert support.points.shape == (100, d)
+    assert support.cells.shape[1] == min(d, 2)
+    z = random.standard_normal((10, d))
+    assert support.observed(z, z + 9.0).shape == (10, d)
+    assert set(np.unique(support.regions)) == set(range(1, support.regions.max() + 1))
 
 
 def test_rare_states_keep_their_points() -> None:
     random = np.random.default_rng(0)
     points = np.concatenate([random.normal(0, 0.1, (100_000, 2)), random.normal(5, 0.1, (100, 2))])
-    chosen = choose_points(points, 1000, seed=1)
+    chosen = choose_points(points, 1000, np.random.default_rng(1))
     assert len(chosen) == 1000 and (chosen[:, 0] > 3).sum() > 50
-    np.testing.assert_array_equal(chosen, choose_points(points, 1000, seed=1))
-    assert len(choose_points(points[:10], 1000, seed=1)) == 10
+    assert len(choose_points(points[:10], 1000, np.random.default_rng(1))) == 10
