@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from openmm_led.comparison import AUTOENCODER, MD, Kinetics, Row, Seen, Settings
-from openmm_led.views import View, Views
+from openmm_led.views import FEW_RESIDUES, View, Views
 from openmm_mlff.analysis.chapman_kolmogorov import chapman_kolmogorov, metastable_sets
 from openmm_mlff.analysis.distributions import populations
 from openmm_mlff.analysis.kinetics import Clusters, ImpliedTimescales, implied_timescales
 from openmm_mlff.analysis.passages import FirstPassages, NamedRegion, hitting_times
 
+#: what the estimators of deeptime raise for data that are too few
+UNFIT = (ValueError, RuntimeError, AssertionError)
 #: lags (frames) at which time scales are looked at, as far as the runs allow
 LAGS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 #: multiples of the lag in Chapman-Kolmogorov tests
@@ -40,13 +42,13 @@ def compare_kinetics(
         try:
             members = _sets(dtrajs, lag, chosen.sets)
             notes += _describe_cores(space, dtrajs, members, known, views.views)
-        except (ValueError, np.linalg.LinAlgError, RuntimeError) as error:
+        except UNFIT as error:
             notes.append(f"no metastable sets in {space} space ({' '.join(str(error).split())[:120]})")
         found[space] = {}
         for name, runs in sources.items():
             try:
                 found[space][name] = _source_kinetics([states.assign(r) for r in runs], members, lag, interval, chosen)
-            except (ValueError, np.linalg.LinAlgError, RuntimeError) as error:
+            except UNFIT as error:
                 notes.append(f"no time scales of {name} in {space} space ({' '.join(str(error).split())[:120]})")
     return found
 
@@ -69,13 +71,16 @@ def _describe_cores(
 ) -> Iterator[str]:
     """One line per core: where it is."""
     states = np.concatenate(dtrajs)
+    torsions = [v for v in views if v.name.startswith("torsions")]
+    others = [v for v in views if v not in torsions]
+    telling = torsions or others if len(torsions) <= FEW_RESIDUES else others
     for k in range(members.shape[1]):
         inside = members[states, k] >= CORE
         if not inside.any():
             yield f"core {_letter(k)}, {space}: no frame of MD"
             continue
         places = []
-        for view in views[:2]:
+        for view in telling:
             for c, column in enumerate(view.columns[:2]):
                 x = np.concatenate(known.views[view.name])[inside, c]
                 middle = x.mean() if view.period is None else _circular_mean(x, view.period)
