@@ -109,12 +109,14 @@ class Relaxation:
     """A structure and its report.
 
     Attributes:
-        positions: of all particles, ``(n_particles, 3)`` nm, as far as relaxation came. Dynamics go on from them with
-            new velocities.
+        positions: of all particles, ``(n_particles, 3)`` nm, as far as relaxation came. velocities: the same, nm/ps;
+            zero unless it was accepted. Dynamics of the same time step that go on from both are stationary at once;
+            newly drawn velocities would heat stiff bonds by a share of (angular frequency x time step / 2)^2.
     """
 
     report: RelaxationReport
     positions: np.ndarray
+    velocities: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,10 @@ class _Attempt:
         faults = self._faults
         counts = (len(f) for f in (faults.clashes, faults.inverted, faults.misplaced))
         report = RelaxationReport(reason, stage, self._energies, self._moved, *counts)
-        return Relaxation(report, self._last)
+        velocities = np.zeros_like(self._start)
+        if not reason:
+            velocities = self._context.getState(velocities=True).getVelocities(asNumpy=True)._value
+        return Relaxation(report, self._last, velocities)
 
     def _enter(self, box: np.ndarray | None, parameters: Mapping[str, float]) -> None:
         mapper, context = self._mapper, self._context

@@ -19,7 +19,7 @@ class Rebuilt:
     """What became of one latent state.
 
     Attributes:
-        walker: the structure, without velocities; None if none was accepted. reports: of all that were decoded.
+        walker: the structure, with velocities; None if none was accepted. reports: of all that were decoded.
         solvent_moved: solvent molecules that made way in the last of them.
     """
 
@@ -68,5 +68,5 @@ class Rebuilder:
             found = self.mapper.back_map(draw, seed, box=last.box, parameters=parameters, energy_limit=energy_limit)
         if found.found is None:
             return Rebuilt(None, found.reports, 0)
-        walker = Walker(found.found.positions, np.zeros_like(last.velocities), last.box)
+        walker = Walker(found.found.positions, found.found.velocities, last.box)
         return Rebuilt(walker, found.reports, moved[-1])

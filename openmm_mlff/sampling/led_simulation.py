@@ -285,8 +285,8 @@ class LEDSimulation:
         at, stats, phase = self._at, self.statistics, str(self._at.phase[k])
         if phase == MICRO and at.since[k] >= 0:
             self._return(k)
-        # one that was doubted before its first latent step just goes on
-        new = at.since[k] > 0 or (phase == WARMUP and at.since[k] == 0)
+        # returns bring velocities with them, and one that stayed or fell back has those of its last MD
+        new = phase == WARMUP and at.since[k] == 0
         seed = seed_for(self._seed, f"dynamics of walker {k}", int(at.frame[k]))
         with stats.timed("md"):
             ran = self._dynamics.run(at.walkers[k], n, seed, self.temperature if new else None)
