@@ -164,6 +164,9 @@ class Autoencoder(nn.Module):
         self.in_std.copy_(torch.as_tensor(np.maximum(inputs.std(0), 1e-5)))
         self.scaler.fit(coordinates)
         self.density.set_period(self.scaler.period)
+        if isinstance(self.density, FixedKernels):
+            spaced = coordinates[np.linspace(0, len(coordinates) - 1, min(len(coordinates), 5000)).astype(int)]
+            self.density.place(self.scaler(torch.as_tensor(spaced, dtype=torch.float32)).numpy(), seed=0)
 
     def raw(self, inputs: Tensor) -> Tensor:
         """u(x) before rotation and scaling, ``(n, latent_dim)``."""

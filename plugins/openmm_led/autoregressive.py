@@ -21,6 +21,9 @@ from openmm_led.mixtures import Density, JointMixture, Sampler, pick, softplus, 
 WIDTH = 32
 #: torsions before it, in the order of the tree, on which one depends directly
 REACH = 12
+#: kernels whose weight is less than this part of the largest one are not drawn from: likelihood does not bring weights
+#: of states that z excludes below some 1e-4, and one decoded frame in thousands would be in another state than its z
+LEAST_WEIGHT = 0.03
 
 
 class Autoregressive(Density):
@@ -97,7 +100,7 @@ class Autoregressive(Density):
                 before = circle[:, 2 * max(0, i - REACH) : 2 * i]
                 hidden = np.tanh(h @ w0[: h.shape[1]] + before @ w0[h.shape[1] :] + b0)
                 raw = hidden @ w1 + b1
-                chosen = pick(raw[:, :k], random)
+                chosen = pick(raw[:, :k], random, LEAST_WEIGHT)
                 t = raw[row, k + chosen] + (floor + softplus(raw[row, 2 * k + chosen])) * e[:, i]
                 y[:, torsion[i]] = t
                 circle[:, 2 * i], circle[:, 2 * i + 1] = np.sin(turn[i] * t), np.cos(turn[i] * t)

@@ -186,9 +186,14 @@ class JointSampler:
         return u
 
 
-def pick(logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """One index per row from the softmax of the last axis, by inversion of the cumulated weights."""
+def pick(logits: np.ndarray, random: np.random.Generator, least: float = 0.0) -> np.ndarray:
+    """One index per row from the softmax of the last axis, by inversion of the cumulated weights.
+
+    Weights below `least` times the largest one are left out.
+    """
     p = np.exp(logits - logits.max(-1, keepdims=True))
+    if least:
+        p[p < least] = 0.0
     c = np.cumsum(p, -1)
     level = random.random((*c.shape[:-1], 1)) * c[..., -1:]
     return np.minimum((c < level).sum(-1), c.shape[-1] - 1)
@@ -261,6 +266,16 @@ class FixedKernels(Density):
         self.low = nn.Parameter(torch.full((kernels, self.n_out, self.n_out), 1e-3))
         self.head = nn.Linear(n_in, self.prior.numel())
         self.unconditional = True
+
+    def place(self, y: np.ndarray, seed: int) -> None:
+        """Put the kernels where scaled coordinates ``(n, n_out)`` are, by k-means; the likelihood has poor maxima."""
+        from scipy.cluster.vq import kmeans2
+
+        groups = [np.arange(self.n_out)] if self.joint else [np.array([i]) for i in range(self.n_out)]
+        for group in groups:
+            centres, _ = kmeans2(y[:, group].astype(np.float64), self.kernels, minit="++", seed=seed)
+            with torch.no_grad():
+                self.centre[group] = torch.as_tensor(centres.T, dtype=self.centre.dtype)
 
     def freeze(self) -> None:
         """Second stage: kernels as they are, weights from h."""

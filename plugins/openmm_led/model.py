@@ -18,7 +18,7 @@ from openmm import app
 from openmm_led.autoencoder import Autoencoder, Shapes
 from openmm_led.config import LEDConfig
 from openmm_led.features import Features
-from openmm_led.mixtures import Sampler
+from openmm_led.mixtures import Sampler, pick
 from openmm_led.propagator import LatentRNN, Stepper
 from openmm_led.support import Support
 from openmm_mlff.data import model_file
@@ -27,8 +27,10 @@ from openmm_mlff.sampling.propagators import LatentState, Propagator
 FAMILY = "led"
 #: frames that go through features and encoder at once
 BATCH = 4096
+#: draws of a step that should stay in its region
+TRIALS = 10
 #: arrays of `Support` in the model file
-_SUPPORT = ("points", "cells", "regions", "pairs")
+_SUPPORT = ("points", "cells", "regions", "pairs", "accept", "extra")
 
 
 class LED(Propagator):
@@ -37,8 +39,8 @@ class LED(Propagator):
     Attributes:
         config, features, autoencoder, rnns: what it is made of.
         support: of the training data. details: what the card says beside (training data, accuracy, ...).
-        confined: a step out of a well-sampled region of latent space ends where the nearest observed transition did
-            (see `support`); how often such steps are taken stays as it was learned.
+        confined: steps out of a well-sampled region of latent space are observed ones, taken as often as in the
+            training data; walkers between regions go on as the trajectories there did (see `support`).
     """
 
     confined = True
@@ -112,6 +114,26 @@ class LED(Propagator):
                 later[walkers] = self._moved(self._steppers[i], z[walkers], memories[i][walkers], random)
         return LatentState(later, {f"memory_{i}": m for i, m in enumerate(memories)})
 
+    def proposals(
+        self, state: LatentState, walkers: np.ndarray, z: np.ndarray, n: int, random: np.random.Generator
+    ) -> tuple[LatentState, list[np.ndarray]]:
+        """Put `walkers` to z ``(len(walkers), latent_dim)``, let them see it, and draw n unconfined next steps of each.
+
+        Returns the state with their memories after z, and the draws, n arrays like z.
+        """
+        memory = {name: value.copy() for name, value in state.memory.items()}
+        for i, stepper in enumerate(self._steppers):
+            memory[f"memory_{i}"][walkers] = stepper.remember(z, memory[f"memory_{i}"][walkers])
+        draws = []
+        for _ in range(n):
+            later = np.empty_like(z)
+            for i, mine in enumerate(self._assigned(len(z), random)):
+                stepper = self._steppers[i]
+                features = stepper.features(z[mine], memory[f"memory_{i}"][walkers[mine]])
+                later[mine] = z[mine] + stepper.draw(features, random)
+            draws.append(later)
+        return LatentState(state.z, memory), draws
+
     def _assigned(self, n: int, random: np.random.Generator) -> list[np.ndarray]:
         """Which walkers take this step from which member; drawn anew for each step."""
         if len(self._steppers) == 1:
@@ -122,10 +144,43 @@ class LED(Propagator):
     def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
         later = z + stepper.draw(stepper.features(z, memory), random)
         if self.confined and self.support is not None:
-            after = self.support.region(later)
-            leaving = np.flatnonzero((after == 0) | (after != self.support.region(z)))
+            before, after = self.support.region(z), self.support.region(later)
+            astray = np.flatnonzero(before == 0)
+            if len(astray):
+                later[astray] = self.support.continued(z[astray])
+            leaving = np.flatnonzero((after != before) & (before != 0))
             if len(leaving):
-                later[leaving] = self.support.observed(z[leaving], later[leaving])
+                accepted = random.random(len(leaving)) < self.support.accept[before[leaving], after[leaving]]
+                jump, refused = leaving[accepted], leaving[~accepted]
+                later[jump] = self.support.jump(before[jump], after[jump], random)
+                later[refused] = self._staying(stepper, z[refused], memory[refused], before[refused], random)
+            self._add_jumps(later, before, random)
+        return later
+
+    def _add_jumps(self, later: np.ndarray, before: np.ndarray, random: np.random.Generator) -> None:
+        """Transitions between regions that the propagator proposes too rarely, at the rate of the training data."""
+        assert self.support is not None
+        extra = self.support.extra[before]
+        total = extra.sum(1)
+        chosen = np.flatnonzero(random.random(len(later)) < total)
+        if len(chosen):
+            with np.errstate(divide="ignore"):
+                after = pick(np.log(extra[chosen]), random)
+            later[chosen] = self.support.jump(before[chosen], after, random)
+
+    def _staying(
+        self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, region: np.ndarray, random: np.random.Generator
+    ) -> np.ndarray:
+        """A step that stays in the region where the walker is; z itself where there is none in a few trials."""
+        assert self.support is not None
+        later, left = z.copy(), np.arange(len(z))
+        for _ in range(TRIALS):
+            if not len(left):
+                break
+            drawn = z[left] + stepper.draw(stepper.features(z[left], memory[left]), random)
+            good = self.support.region(drawn) == region[left]
+            later[left[good]] = drawn[good]
+            left = left[~good]
         return later
 
     def doubt(self, state: LatentState) -> np.ndarray:

@@ -4,7 +4,7 @@ A mixture density spreads some probability everywhere. Within a well-sampled reg
 one, taken once in a thousand, leads into space where nothing was learned, and the walker may come out in another state:
 the rates of rare events would be those of the mixtures' tails. So the slowest latent coordinates are cut into cells,
 cells with enough training frames that touch one another make up regions, and a walker leaves its region only along a
-transition that was observed.
+transition that was observed, and as often as the training data do.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Support:
         width: of the cells. cells: ``(n_cells, slow)`` int, those with enough frames, and ``regions`` ``(n_cells,)``,
             the region of each, from 1. pairs: ``(p, 2, latent_dim)``, observed transitions: those out of, into, outside
             of or between regions, and a sample of the others.
+        accept: ``(n_regions + 1, n_regions + 1)``, the probability to accept a step of the propagator from one region
+            to another (0 is the space outside): how many there are in the training data, over how many the propagator
+            would make in the same places, at most 1. extra: likewise, the probability per step of a transition that the
+            propagator does not propose often enough.
     """
 
     points: np.ndarray
@@ -44,19 +48,14 @@ class Support:
     cells: np.ndarray
     regions: np.ndarray
     pairs: np.ndarray
+    accept: np.ndarray
+    extra: np.ndarray
 
     @cached_property
     def _tree(self) -> Any:
         from scipy.spatial import cKDTree
 
         return cKDTree(self.points)
-
-    @cached_property
-    def _pair_tree(self) -> Any:
-        from scipy.spatial import cKDTree
-
-        slow = self.pairs[:, :, : self.cells.shape[1]]
-        return cKDTree(slow.reshape(len(slow), -1))
 
     def far(self, z: np.ndarray) -> np.ndarray:
         """Distance to the `NEIGHBOURS`-th nearest point, ``(n,)``."""
@@ -76,12 +75,39 @@ class Support:
         cell = np.floor(z[:, : len(low)] / self.width).astype(np.int64) - low
         return grid[tuple(np.clip(cell, 0, last).T)]
 
-    def observed(self, z: np.ndarray, later: np.ndarray) -> np.ndarray:
-        """The end ``(n, latent_dim)`` of the observed transition that is nearest to ``z -> later`` in the slow
-        coordinates."""
-        slow = self.cells.shape[1]
-        at = self._pair_tree.query(np.concatenate([z[:, :slow], later[:, :slow]], axis=1))[1]
-        return self.pairs[at, 1]
+    @cached_property
+    def _outside(self) -> tuple[Any, np.ndarray]:
+        """The transitions that begin outside of all regions (all, if there are none), as a tree of their beginnings."""
+        from scipy.spatial import cKDTree
+
+        outside = self.pairs[self.region(self.pairs[:, 0]) == 0]
+        pairs = outside if len(outside) else self.pairs
+        return cKDTree(pairs[:, 0]), pairs
+
+    def continued(self, z: np.ndarray) -> np.ndarray:
+        """The end of the observed transition outside of all regions whose beginning is nearest to z.
+
+        A walker that is there came along an observed transition; it goes on as the trajectory did.
+        """
+        tree, pairs = self._outside
+        return pairs[tree.query(z)[1], 1]
+
+    @cached_property
+    def _ends(self) -> dict[tuple[int, int], np.ndarray]:
+        """Ends of the observed transitions between regions, by the regions."""
+        before, after = self.region(self.pairs[:, 0]), self.region(self.pairs[:, 1])
+        found = {}
+        for i, j in {*zip(before.tolist(), after.tolist(), strict=True)}:
+            if i != j:
+                found[i, j] = self.pairs[(before == i) & (after == j), 1]
+        return found
+
+    def jump(self, before: np.ndarray, after: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Ends ``(n, latent_dim)`` of observed transitions between these regions, drawn at random."""
+        out = np.empty((len(before), self.pairs.shape[2]))
+        for k, key in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            out[k] = self._ends[key][random.integers(len(self._ends[key]))]
+        return out
 
 
 def build(train: Sequence[np.ndarray], valid: np.ndarray, *, n_points: int, seed: int, share: float = 0.995) -> Support:
@@ -96,14 +122,31 @@ def build(train: Sequence[np.ndarray], valid: np.ndarray, *, n_points: int, seed
     points = choose_points(everything, n_points, random)
     for width in _WIDTHS:
         cells, regions = _regions(everything, width)
-        found = Support(points, np.inf, np.inf, width, cells, regions, everything[:1, None].repeat(2, 1))
+        every = np.ones((int(regions.max(initial=0)) + 1,) * 2)
+        found = Support(
+            points, np.inf, np.inf, width, cells, regions, everything[:1, None].repeat(2, 1), every, 0 * every
+        )
         if len(cells) and (found.region(valid) > 0).mean() >= share:
             break
     pairs = np.concatenate([np.stack([z[:-1], z[1:]], axis=1) for z in train])
     before, after = found.region(pairs[:, 0]), found.region(pairs[:, 1])
     special = (before != after) | (after == 0)
     kept = [_some(pairs[special], n_points, random), _some(pairs[~special], n_points // 2, random)]
-    return Support(points, np.inf, np.inf, width, cells, regions, np.concatenate(kept))
+    return Support(points, np.inf, np.inf, width, cells, regions, np.concatenate(kept), every, 0 * every)
+
+
+def calibration(observed: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Support.accept` and `Support.extra` from counts of steps between regions, ``(n_regions + 1, n_regions + 1)``.
+
+    Steps within a region, and those of walkers outside of all, are always accepted.
+    """
+    ratio = np.divide(observed, proposed, out=np.ones(observed.shape), where=proposed > 0)
+    frames = observed.sum(1, keepdims=True)
+    extra = np.divide(np.maximum(observed - proposed, 0.0), frames, out=np.zeros(observed.shape), where=frames > 0)
+    for values, inside in ((ratio, 1.0), (extra, 0.0)):
+        values[np.diag_indices(len(values))] = inside
+        values[0] = inside
+    return np.minimum(ratio, 1.0), extra
 
 
 def _regions(z: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,8 @@ from openmm_mlff.training.loop import LoopOptions, averaged, fit
 
 #: latent points of the training data that the model keeps to know its support
 SUPPORT_POINTS = 20_000
+#: steps that the propagator proposes from each training frame to find how often it leaves a region
+DRAWS = 5
 #: fewer frames than this for each of the encoder's parameters' worth of structure is not worth training on
 LEAST_FRAMES = 100
 
@@ -211,9 +213,28 @@ def _support(model: LED, z: dict[str, list[np.ndarray]], seed: int) -> Support:
         raise ValueError(
             f"trajectories: expected validation frames that differ, got {support.NEIGHBOURS} or more equal ones"
         )
+    accept, extra = _calibrated(model, found, z["train"], seed)
+    model.support = found = dataclasses.replace(found, accept=accept, extra=extra)
     spread = np.inf
     if len(model.rnns) > 1:
         history = np.stack([run[:200] for run in z["valid"] if len(run) >= 200] or [z["valid"][0]])
         ends = range(1, history.shape[1] + 1, 10)
         spread = float(max(model.spread(model.start(history[:, :end])).max() for end in ends))
     return dataclasses.replace(found, distance=distance, spread=spread)
+
+
+def _calibrated(model: LED, found: Support, runs: list[np.ndarray], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps between regions in the training data against those that the propagator makes from the same frames."""
+    n = len(found.accept)
+    observed, proposed = np.zeros((n, n)), np.zeros((n, n))
+    random = np.random.default_rng([seed, 3])
+    state = model.start(np.stack([run[:1] for run in runs]))
+    for t in range(max(len(run) for run in runs) - 1):
+        going = np.array([k for k, run in enumerate(runs) if t + 1 < len(run)])
+        now, later = (np.stack([runs[k][t + s] for k in going]).astype(np.float32) for s in (0, 1))
+        before = found.region(now)
+        np.add.at(observed, (before, found.region(later)), 1.0)
+        state, draws = model.proposals(state, going, now, DRAWS, random)
+        for drawn in draws:
+            np.add.at(proposed, (before, found.region(drawn)), 1.0 / DRAWS)
+    return support.calibration(observed, proposed)

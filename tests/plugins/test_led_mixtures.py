@@ -206,3 +206,12 @@ def test_autoregressive_samples_follow_the_likelihood_of_both_torsions(h: Tensor
     expected = 40_000 * p / p.sum()
     chi2 = float(np.sum((counts - expected) ** 2 / expected))
     assert chi2 < 63 + 4.5 * math.sqrt(2 * 63)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_fixed_kernels_begin_where_the_data_are(joint: bool) -> None:
+    random = np.random.default_rng(0)
+    y = np.concatenate([random.normal(-4, 0.1, (900, 2)), random.normal(5, 0.1, (100, 2))])
+    density = FixedKernels(3, torch.full((2,), math.inf), 2, 0.6, joint)
+    density.place(y, seed=0)
+    np.testing.assert_allclose(np.sort(density.centre.detach(), axis=1), [[-4, 5], [-4, 5]], atol=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openmm_led.support import NEIGHBOURS, Support, build, choose_points
+from openmm_led.support import NEIGHBOURS, Support, build, calibration, choose_points
 
 
 def islands(seed: int, d: int = 3, crossings: bool = True) -> list[np.ndarray]:
@@ -38,16 +38,16 @@ def test_regions_are_the_well_sampled_islands(support: Support) -> None:
     assert (support.region(np.array([[0.1, 0.2, 0.0], [50.0, 0.0, 0.0], [-2.0, 30.0, 0.0]])) == 0).all()
 
 
-def test_steps_between_islands_end_where_the_observed_one_did(support: Support) -> None:
-    z, beyond = np.array([[-1.9, 0.1, 3.0]]), np.array([[1.7, 0.3, -1.0]])
+def test_jumps_are_observed_transitions(support: Support) -> None:
     run = islands(0)[0]
-    across = support.observed(np.array([[0.1, 0.2, 0.0]]), beyond)
-    np.testing.assert_allclose(across[0], run[5001])
-    # from the middle of an island to the space between: the frame on its way is the only one there
-    np.testing.assert_allclose(support.observed(z, np.array([[0.0, 0.2, 5.0]]))[0], run[5000])
-    # a little over the edge: back to an end that was seen
-    inside = support.observed(z, np.array([[-1.3, 0.0, 0.0]]))
-    assert np.hypot(inside[0, 0] + 2.0, inside[0, 1]) <= 0.5 + 1e-9
+    random = np.random.default_rng(0)
+    left, right = support.region(np.array([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]]))
+    away = support.jump(np.array([left, left]), np.array([0, 0]), random)
+    np.testing.assert_allclose(away, [run[5000], run[5000]])
+    # outside of the regions the walker goes on as the trajectory did
+    np.testing.assert_allclose(support.continued(away)[0], run[5001])
+    with pytest.raises(KeyError):
+        support.jump(np.array([left]), np.array([right]), random)  # never seen in one step
 
 
 def test_distance_is_that_of_the_fifth_neighbour(support: Support) -> None:
@@ -64,7 +64,7 @@ def test_any_dimension_and_sparse_data(d: int) -> None:
     assert support.points.shape == (100, d)
     assert support.cells.shape[1] == min(d, 2)
     z = random.standard_normal((10, d))
-    assert support.observed(z, z + 9.0).shape == (10, d)
+    assert support.continued(z).shape == (10, d)
     assert set(np.unique(support.regions)) == set(range(1, support.regions.max() + 1))
 
 
@@ -74,3 +74,15 @@ def test_rare_states_keep_their_points() -> None:
     chosen = choose_points(points, 1000, np.random.default_rng(1))
     assert len(chosen) == 1000 and (chosen[:, 0] > 3).sum() > 50
     assert len(choose_points(points[:10], 1000, np.random.default_rng(1))) == 10
+
+
+def test_transitions_become_as_frequent_as_observed() -> None:
+    observed = np.array([[0.0, 3.0, 1.0], [4.0, 900.0, 2.0], [0.0, 5.0, 300.0]])
+    proposed = np.array([[0.0, 1.0, 9.0], [8.0, 500.0, 20.0], [3.0, 4.0, 100.0]])
+    accept, extra = calibration(observed, proposed)
+    np.testing.assert_allclose(accept, [[1.0, 1.0, 1.0], [0.5, 1.0, 0.1], [0.0, 1.0, 1.0]])
+    np.testing.assert_allclose(extra, [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0 / 305.0, 0.0]])
+    frames = observed.sum(1, keepdims=True)
+    leaving = ~np.eye(3, dtype=bool)
+    leaving[0] = False
+    np.testing.assert_allclose((accept * proposed / frames + extra)[leaving], (observed / frames)[leaving])
