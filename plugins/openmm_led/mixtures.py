@@ -138,7 +138,6 @@ class JointSampler:
             for j in range(k)
         ]  # fmt: skip
         self._own = [(np.ascontiguousarray(weight[rows].T), bias[rows]) for rows in own]
-        self._rows, self._columns = np.tril_indices(d, -1)
         self._inverse = None
         if mixture.coupling == "constant" and d > 1:
             low = mixture._matrix(mixture.low).detach().cpu().numpy()
@@ -154,36 +153,36 @@ class JointSampler:
     def within(self, h: np.ndarray, kernel: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """A sample of each row's kernel, ``(n, n_out)``."""
         e = random.standard_normal((len(h), self.n_out), dtype=np.float32)
-        if len(h) == 1:
-            return self._sample(h, e, int(kernel[0]))
-        out = np.empty((len(h), self.n_out), h.dtype)
-        order = np.argsort(kernel, kind="stable")
-        ends = np.searchsorted(kernel[order], np.arange(self.kernels + 1))
-        for j in range(self.kernels):
-            which = order[ends[j] : ends[j + 1]]
-            if len(which):
-                out[which] = self._sample(h[which], e[which], j)
-        return out
-
-    def _sample(self, h: np.ndarray, e: np.ndarray, j: int) -> np.ndarray:
         d = self.n_out
-        weight, bias = self._own[j]
-        raw = h @ weight + bias
-        return raw[:, :d] + (self.floor + softplus(raw[:, d : 2 * d])) * self._coupled(e, raw[:, 2 * d :], j)
+        if len(h) == 1:
+            weight, bias = self._own[kernel[0]]
+            raw = h @ weight + bias
+        else:
+            raw = np.empty((len(h), 2 * d + self.n_low), h.dtype)
+            order = np.argsort(kernel, kind="stable")
+            ends = np.searchsorted(kernel[order], np.arange(self.kernels + 1))
+            for j in range(self.kernels):
+                which = order[ends[j] : ends[j + 1]]
+                if len(which):
+                    weight, bias = self._own[j]
+                    raw[which] = h[which] @ weight + bias
+        return raw[:, :d] + (self.floor + softplus(raw[:, d : 2 * d])) * self._coupled(e, raw[:, 2 * d :], kernel)
 
-    def _coupled(self, e: np.ndarray, low: np.ndarray, j: int) -> np.ndarray:
-        """u = A^-1 e of the j-th kernel."""
+    def _coupled(self, e: np.ndarray, low: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        """u = A^-1 e of each row's kernel."""
         if self._inverse is not None:
-            return e @ self._inverse[j]
-        if not self.n_low:
-            return e
-        # forward substitution; there are few dimensions where A depends on the input
-        d, u = self.n_out, e.copy()
-        a = np.zeros((len(e), d, d), e.dtype)
-        a[:, self._rows, self._columns] = low
-        for i in range(1, d):
-            u[:, i] -= np.einsum("nj,nj->n", a[:, i, :i], u[:, :i])
-        return u
+            if len(e) == 1:
+                return e @ self._inverse[kernel[0]]
+            u = np.empty_like(e)
+            for j in np.unique(kernel):
+                u[kernel == j] = e[kernel == j] @ self._inverse[j]
+            return u
+        if self.n_low:
+            # forward substitution, row after row of A; there are few dimensions where A depends on the input
+            for i in range(1, self.n_out):
+                row = i * (i - 1) // 2
+                e[:, i] -= (low[:, row : row + i] * e[:, :i]).sum(1)
+        return e
 
 
 def pick(logits: np.ndarray, random: np.random.Generator, least: float = 0.0) -> np.ndarray:

@@ -144,7 +144,8 @@ class LED(Propagator):
     def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
         later = z + stepper.draw(stepper.features(z, memory), random)
         if self.confined and self.support is not None:
-            before, after = self.support.region(z), self.support.region(later)
+            regions = self.support.region(np.concatenate([z, later]))
+            before, after = regions[: len(z)], regions[len(z) :]
             astray = np.flatnonzero(before == 0)
             if len(astray):
                 later[astray] = self.support.continued(z[astray])
@@ -160,12 +161,10 @@ class LED(Propagator):
     def _add_jumps(self, later: np.ndarray, before: np.ndarray, random: np.random.Generator) -> None:
         """Transitions between regions that the propagator proposes too rarely, at the rate of the training data."""
         assert self.support is not None
-        extra = self.support.extra[before]
-        total = extra.sum(1)
-        chosen = np.flatnonzero(random.random(len(later)) < total)
+        chosen = np.flatnonzero(random.random(len(later)) < self.support.extra_total[before])
         if len(chosen):
             with np.errstate(divide="ignore"):
-                after = pick(np.log(extra[chosen]), random)
+                after = pick(np.log(self.support.extra[before[chosen]]), random)
             later[chosen] = self.support.jump(before[chosen], after, random)
 
     def _staying(

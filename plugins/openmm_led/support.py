@@ -62,18 +62,24 @@ class Support:
         return self._tree.query(z, k=NEIGHBOURS)[0][:, -1]
 
     @cached_property
-    def _map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Regions on a grid with a margin of empty cells, its lowest cell, and its last index per dimension."""
+    def _map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Regions on a flat grid with a margin of empty cells; its lowest cell, last index, stride per dimension."""
         low = self.cells.min(0) - 1
         grid = np.zeros(np.ptp(self.cells, axis=0) + 3, np.int32)
         grid[tuple((self.cells - low).T)] = self.regions
-        return grid, low, np.array(grid.shape) - 1
+        stride = np.array(grid.strides) // grid.itemsize
+        return grid.ravel(), low.astype(np.float64), np.array(grid.shape) - 1.0, stride.astype(np.float64)
 
     def region(self, z: np.ndarray) -> np.ndarray:
         """The region of points ``(n, latent_dim)``, ``(n,)``; 0 outside of all."""
-        grid, low, last = self._map
-        cell = np.floor(z[:, : len(low)] / self.width).astype(np.int64) - low
-        return grid[tuple(np.clip(cell, 0, last).T)]
+        grid, low, last, stride = self._map
+        cell = np.floor(z[:, : len(low)] / self.width) - low
+        return grid[(np.minimum(np.maximum(cell, 0.0), last) @ stride).astype(np.int64)]
+
+    @cached_property
+    def extra_total(self) -> np.ndarray:
+        """Sums of the rows of `extra`."""
+        return self.extra.sum(1)
 
     @cached_property
     def _outside(self) -> tuple[Any, np.ndarray]:
