@@ -9,10 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
+# in the order in which they need one another's results
+LED := benchmarks/led_mueller_brown_md.py benchmarks/led_mueller_brown.py benchmarks/led_data.py \
+	benchmarks/led_reference.py benchmarks/led_ala2.py benchmarks/led_speedup.py
+
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve clean help
+.PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve reproduce-led clean help
 
 help:
 	@echo "make demo       ML/MM simulation of capped alanine in water, results in .demo/"
@@ -21,6 +25,7 @@ help:
 	@echo "make benchmark  every figure of the README, JSON beside each script in benchmarks/"
 	@echo "make reproduce  label the data of the bundled model, train it and evaluate it (hours)"
 	@echo "make reproduce-cg-gdml       six-bead alanine from all-atom data to its landscape (2 hours on 4 cores)"
+	@echo "make reproduce-led           learned latent dynamics of Mueller-Brown, alanine and Trp-cage, from data to figures (hours)"
 	@echo "make cg-gdml-learning-curve  its error against the number of frames, beside neural networks (hours)"
 
 $(VENV)/.created:
@@ -57,7 +62,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py %/led_data.py,$(wildcard benchmarks/[!_]*.py)); do \
+	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED),$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
 		test -z "$$failed" || { echo "not done:$$failed"; exit 1; }
 
@@ -70,6 +75,11 @@ reproduce-cg-gdml: $(VENV)/.dev
 
 cg-gdml-learning-curve: $(VENV)/.dev
 	$(BIN)/python benchmarks/cg_gdml_learning_curve.py
+
+# data of Trp-cage and of explicit solvent grow for an hour each time
+reproduce-led: $(VENV)/.dev
+	@set -e; for script in $(LED); do echo "== $$script"; \
+		$(BIN)/python $$script $$(test $$script = benchmarks/led_data.py && echo --time-limit 60); done
 
 clean:
 	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -12,7 +12,7 @@ import pytest
 
 from openmm_mlff import cli
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md", "docs/gdml.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md", "docs/gdml.md", "docs/led.md")
 
 
 def test_the_ten_lines_run(repository: Path) -> None:
