@@ -11,6 +11,7 @@ populations and distances of distributions in `analysis.distributions`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ from openmm_mlff.analysis.distributions import LEAST_UNITS, checked_trajectories
 
 #: share of the bootstrap inside the intervals.
 CONFIDENCE = 0.95
+#: iterations at most of an estimate with detailed balance, and of one of the bootstrap. Convergence is slow where sets
+#: of states are joined by a few counts; figures that depend on these have errors as large as themselves.
+ITERATIONS, BOOTSTRAP_ITERATIONS = 10_000, 1000
 
 
 def deeptime_module(name: str) -> Any:
@@ -193,8 +197,11 @@ class Transitions:
         markov = deeptime_module("markov")
         whole = markov.TransitionCountModel(counts, counting_mode="sliding", lagtime=self.lag)
         largest = whole.submodel_largest()
-        estimator = deeptime_module("markov.msm").MaximumLikelihoodMSM(reversible=reversible)
-        fitted = estimator.fit(largest).fetch_model()
+        limit = ITERATIONS if multiplicity is None else BOOTSTRAP_ITERATIONS
+        estimator = deeptime_module("markov.msm").MaximumLikelihoodMSM(reversible=reversible, maxiter=limit)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*didn't converge")
+            fitted = estimator.fit(largest).fetch_model()
         matrix = fitted.transition_matrix
         kept = float(largest.count_matrix.sum() / counts.sum())
         dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
