@@ -65,6 +65,7 @@ class Potential(nn.Module):
             forms that have no second derivatives.
         charges, multiplicities: total charges and spin multiplicities that the model was trained on; None means any.
         predicts_charges, supports_charge, supports_multiplicity, supports_periodic: what the model can do.
+        fixed_lattice: whether a periodic model describes the lattice of its training data and no other.
         beads: names of the particles of a coarse-grained model, in order; None for atoms.
         bead_numbers: what stands for these beads in `Batch.numbers`.
     """
@@ -82,6 +83,7 @@ class Potential(nn.Module):
     supports_charge: bool = False
     supports_multiplicity: bool = False
     supports_periodic: bool = True
+    fixed_lattice: bool = False
     beads: tuple[str, ...] | None = None
     bead_numbers: tuple[int, ...] = ()
 

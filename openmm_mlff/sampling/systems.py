@@ -18,6 +18,7 @@ from openmm import app, unit
 
 from openmm_mlff.analysis.observables import backbone_torsions
 from openmm_mlff.data.structures import formula
+from openmm_mlff.forces.running import computations
 from openmm_mlff.sampling.settings import RunSettings
 
 WATER = frozenset({"HOH", "WAT", "TIP3", "TP3", "SOL", "H2O"})
@@ -50,8 +51,8 @@ def build(settings: RunSettings) -> BuiltSystem:
     """Read the input, add water if asked, and make the System.
 
     Raises `FileNotFoundError` or `ValueError` naming the setting for a file that cannot be read, a selection that
-    matches nothing, a residue without parameters or a box that is too small; and what the potential raises for an
-    element, charge or multiplicity that it cannot describe.
+    matches nothing, a residue without parameters, a box that is too small, or constant pressure where the box is fixed
+    or missing; and what the potential raises for an element, charge or multiplicity that it cannot describe.
     """
     topology, positions = read_structure(settings.input)
     if not settings.use_box:
@@ -66,8 +67,8 @@ def build(settings: RunSettings) -> BuiltSystem:
     else:
         built = BuiltSystem(_force_field_system(settings, topology), topology, positions)
         _add_motion_remover(built.system)
-    if settings.ensemble == "npt" and topology.getPeriodicBoxVectors() is None:
-        raise ValueError("ensemble: npt needs a periodic box, but the input has none (add water with padding)")
+    if settings.ensemble == "npt":
+        _check_box_may_change(built)
     built.bonds = _bonds(built)
     wanted = built.ml_atoms or None
     automatic = backbone_torsions(built.topology, wanted)
@@ -216,6 +217,17 @@ def _place_virtual_sites(system: openmm.System, positions: np.ndarray) -> np.nda
     context.setPositions(positions)
     context.computeVirtualSites()
     return context.getState(positions=True).getPositions(asNumpy=True)._value
+
+
+def _check_box_may_change(built: BuiltSystem) -> None:
+    if built.topology.getPeriodicBoxVectors() is None:
+        raise ValueError("ensemble: npt needs a periodic box, but the input has none (add water with padding)")
+    # OpenMM would find out at the first attempt to change the box
+    if any(c.spec.region == "periodic" and c.model.fixed_lattice for c in computations(built.system)):
+        raise ValueError(
+            "ensemble: expected nve or nvt, got 'npt'; this model was trained in one lattice and describes no other, "
+            "so that the box cannot change"
+        )
 
 
 def _add_motion_remover(system: openmm.System) -> None:

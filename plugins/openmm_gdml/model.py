@@ -85,7 +85,7 @@ class GDMLPotential(Potential):
         super().__init__()
         c = self.config = config
         self.elements = tuple(sorted(set(c.numbers)))
-        self.supports_periodic = c.periodic
+        self.supports_periodic = self.fixed_lattice = c.periodic
         self.supports_charge, self.charges = c.charge != 0, None if c.charge is None else (c.charge,)
         self.supports_multiplicity = c.multiplicity != 1
         self.multiplicities = None if c.multiplicity is None else (c.multiplicity,)

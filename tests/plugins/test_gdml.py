@@ -18,7 +18,9 @@ from openmmml import MLPotential
 from openmm_gdml import evaluator, native
 from openmm_gdml.model import GDMLPotential
 from openmm_mlff.data.structures import Structure
-from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.potentials.family import load_potential, save_potential
+from openmm_mlff.sampling.settings import RunSettings
+from openmm_mlff.sampling.systems import build
 from openmm_mlff.units import EV_PER_KCAL_PER_MOL, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 SHARED_MODELS = (
@@ -292,3 +294,24 @@ def test_boxes_that_change_are_refused(how: str, shared: Path) -> None:
         else:
             context.setPeriodicBoxVectors(*([openmm.Vec3(*row) for row in 1.001 * box] * unit.angstrom))
             context.getState(energy=True)
+
+
+def test_constant_pressure_is_refused_before_a_run_of_one_lattice(tmp_path: Path) -> None:
+    lattice, numbers = 15.0 * np.eye(3), (29, 29, 29)
+    random = np.random.default_rng(0)
+    points, coefficients = random.uniform(0.2, 0.5, (4, 3)), random.normal(size=(4, 3))
+    model = GDMLPotential.from_coefficients(numbers, 10.0, points, coefficients, 0.0, lattice=lattice)
+    path = save_potential(model, tmp_path / "model.safetensors", licence="none", description="test")
+    start = tmp_path / "start.pdb"
+    topology, positions = topology_of(np.array(numbers), lattice), np.eye(3) * 2.5
+    for k, atom in enumerate(topology.atoms()):
+        atom.name = f"CU{k}"
+    with open(start, "w", encoding="utf-8") as file:
+        app.PDBFile.writeFile(topology, positions * unit.angstrom, file)
+
+    def settings(ensemble: str) -> RunSettings:
+        return RunSettings(input=str(start), model="gdml", model_path=str(path), ml_region="all", ensemble=ensemble)
+
+    assert build(settings("nvt")).system.usesPeriodicBoundaryConditions()
+    with pytest.raises(ValueError, match=r"^ensemble: expected nve or nvt, got 'npt'; .* describes no other"):
+        build(settings("npt"))
