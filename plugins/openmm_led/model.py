@@ -39,8 +39,8 @@ class LED(Propagator):
     Attributes:
         config, features, autoencoder, rnns: what it is made of.
         support: of the training data. details: what the card says beside (training data, accuracy, ...).
-        confined: steps out of a well-sampled region of latent space are observed ones, taken as often as in the
-            training data; walkers between regions go on as the trajectories there did (see `support`).
+        confined: steps between states that exchange rarely are observed ones, taken as often as in the training data;
+            walkers between such states go on as the trajectories there did (see `support`).
     """
 
     confined = True
@@ -143,7 +143,7 @@ class LED(Propagator):
 
     def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
         later = z + stepper.draw(stepper.features(z, memory), random)
-        if self.confined and self.support is not None:
+        if self.confined and self.support is not None and self.support.confines:
             regions = self.support.region(np.concatenate([z, later]))
             before, after = regions[: len(z)], regions[len(z) :]
             astray = np.flatnonzero(before == 0)

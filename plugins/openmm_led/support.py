@@ -1,10 +1,12 @@
-"""Where the training data were in latent space, and which transitions between well-sampled regions they hold.
+"""Where the training data were in latent space, and the rare transitions between states that they hold.
 
-A mixture density spreads some probability everywhere. Within a well-sampled region that does no harm; but a step out of
-one, taken once in a thousand, leads into space where nothing was learned, and the walker may come out in another state:
-the rates of rare events would be those of the mixtures' tails. So the slowest latent coordinates are cut into cells,
-cells with enough training frames that touch one another make up regions, and a walker leaves its region only along a
-transition that was observed, and as often as the training data do.
+A mixture density spreads some probability everywhere. Within a well-sampled region that does no harm; but between
+states that rarely exchange, a step taken once in a thousand leads into space where nothing was learned, and the walker
+may come out in the other state: the rates would be those of the mixtures' tails. A network learns the rate of a
+transition from hundreds of events, not from a few. So the slowest latent coordinates are cut into cells; cells with
+enough training frames that touch one another, and sparser ones at their edge, make up regions; and regions that
+exchanged often enough are one. If more than one is left, a walker leaves its region only along a transition that was
+observed, and as often as in the training data.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ NEIGHBOURS = 5
 SLOW = 2
 #: training frames that make a cell part of a region
 ENOUGH = 5
+#: share of the training frames that makes a region a state, and passages between two from which on they are one: rates
+#: of so many events are the propagator's business
+STATE, OFTEN = 0.01, 100
 _WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6)
 
 
@@ -75,6 +80,11 @@ class Support:
         grid, low, last, stride = self._map
         cell = np.floor(z[:, : len(low)] / self.width) - low
         return grid[(np.minimum(np.maximum(cell, 0.0), last) @ stride).astype(np.int64)]
+
+    @property
+    def confines(self) -> bool:
+        """Whether there are states that exchange too rarely for the propagator."""
+        return len(self.accept) > 2
 
     @cached_property
     def extra_total(self) -> np.ndarray:
@@ -134,11 +144,36 @@ def build(train: Sequence[np.ndarray], valid: np.ndarray, *, n_points: int, seed
         )
         if len(cells) and (found.region(valid) > 0).mean() >= share:
             break
+    regions = _states(found, train)
+    found = Support(points, np.inf, np.inf, width, cells[regions > 0], regions[regions > 0], found.pairs, every, every)
     pairs = np.concatenate([np.stack([z[:-1], z[1:]], axis=1) for z in train])
     before, after = found.region(pairs[:, 0]), found.region(pairs[:, 1])
     special = (before != after) | (after == 0)
-    kept = [_some(pairs[special], n_points, random), _some(pairs[~special], n_points // 2, random)]
-    return Support(points, np.inf, np.inf, width, cells, regions, np.concatenate(kept), every, 0 * every)
+    ordinary = pairs[~special]
+    some = ordinary[np.sort(random.choice(len(ordinary), min(len(ordinary), n_points // 4), replace=False))]
+    every = np.ones((int(found.regions.max(initial=0)) + 1,) * 2)
+    kept = np.concatenate([pairs[special], some])
+    return Support(points, np.inf, np.inf, width, found.cells, found.regions, kept, every, 0 * every)
+
+
+def _states(found: Support, train: Sequence[np.ndarray]) -> np.ndarray:
+    """Regions renumbered: those with few frames are none (0), those that exchanged often are one, ``(n_cells,)``."""
+    n = int(found.regions.max(initial=0)) + 1
+    labels = [found.region(z) for z in train]
+    share = np.bincount(np.concatenate(labels), minlength=n) / sum(len(x) for x in labels)
+    large = share >= STATE
+    large[0] = False
+    passages = np.zeros((n, n), np.int64)
+    for run in labels:
+        visited = run[large[run]]
+        np.add.at(passages, (visited[:-1], visited[1:]), 1)
+    passages += passages.T
+    group = np.arange(n)
+    for i, j in np.argwhere(np.triu(passages, 1) >= OFTEN):
+        group[group == group[j]] = group[i]
+    names = {g: k + 1 for k, g in enumerate(sorted({int(group[i]) for i in np.flatnonzero(large)}))}
+    new = np.array([names[int(group[i])] if large[i] else 0 for i in range(n)], dtype=np.int32)
+    return new[found.regions]
 
 
 def calibration(observed: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,23 +191,22 @@ def calibration(observed: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray,
 
 
 def _regions(z: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cells with enough frames, and which of them touch one another (corners count)."""
-    from scipy.ndimage import label
+    """Occupied cells and their regions: cells with enough frames that touch one another (corners count), and the others
+    that touch just one of these regions."""
+    from scipy.ndimage import label, maximum_filter, minimum_filter
 
     slow = min(SLOW, z.shape[1])
     cells, counts = np.unique(np.floor(z[:, :slow] / width).astype(np.int64), axis=0, return_counts=True)
-    cells = cells[counts >= ENOUGH]
-    if not len(cells):
-        return cells, np.empty(0, np.int32)
-    low = cells.min(0)
-    grid = np.zeros(np.ptp(cells, axis=0) + 1, bool)
-    grid[tuple((cells - low).T)] = True
-    labels, _ = label(grid, structure=np.ones((3,) * slow))
-    return cells, labels[tuple((cells - low).T)].astype(np.int32)
-
-
-def _some(rows: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
-    return rows if len(rows) <= n else rows[np.sort(random.choice(len(rows), n, replace=False))]
+    if not (counts >= ENOUGH).any():
+        return cells[:0], np.empty(0, np.int32)
+    at = tuple((cells - cells.min(0)).T)
+    dense = np.zeros(np.ptp(cells, axis=0) + 1, bool)
+    dense[at] = counts >= ENOUGH
+    labels, n = label(dense, structure=np.ones((3,) * slow))
+    highest = maximum_filter(labels, 3, mode="constant")
+    lowest = minimum_filter(np.where(labels > 0, labels, n + 1), 3, mode="constant", cval=n + 1)
+    grown = np.where(labels > 0, labels, np.where(highest == lowest, highest, 0))[at]
+    return cells[grown > 0], grown[grown > 0].astype(np.int32)
 
 
 def choose_points(points: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:

@@ -213,8 +213,9 @@ def _support(model: LED, z: dict[str, list[np.ndarray]], seed: int) -> Support:
         raise ValueError(
             f"trajectories: expected validation frames that differ, got {support.NEIGHBOURS} or more equal ones"
         )
-    accept, extra = _calibrated(model, found, z["train"], seed)
-    model.support = found = dataclasses.replace(found, accept=accept, extra=extra)
+    if found.confines:
+        accept, extra = _calibrated(model, found, z["train"], seed)
+        found = dataclasses.replace(found, accept=accept, extra=extra)
     spread = np.inf
     if len(model.rnns) > 1:
         history = np.stack([run[:200] for run in z["valid"] if len(run) >= 200] or [z["valid"][0]])

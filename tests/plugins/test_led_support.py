@@ -38,6 +38,15 @@ def test_regions_are_the_well_sampled_islands(support: Support) -> None:
     assert (support.region(np.array([[0.1, 0.2, 0.0], [50.0, 0.0, 0.0], [-2.0, 30.0, 0.0]])) == 0).all()
 
 
+def test_states_that_exchange_often_are_one() -> None:
+    runs = islands(0)
+    back_and_forth = runs[0].copy()
+    back_and_forth[::40, 0] += 4.0  # 250 visits of one frame each
+    support = build([back_and_forth, runs[1]], np.concatenate(islands(1, crossings=False)), n_points=3000, seed=0)
+    assert not support.confines
+    assert support.region(np.array([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]])).tolist() == [1, 1]
+
+
 def test_jumps_are_observed_transitions(support: Support) -> None:
     run = islands(0)[0]
     random = np.random.default_rng(0)
@@ -65,7 +74,7 @@ def test_any_dimension_and_sparse_data(d: int) -> None:
     assert support.cells.shape[1] == min(d, 2)
     z = random.standard_normal((10, d))
     assert support.continued(z).shape == (10, d)
-    assert set(np.unique(support.regions)) == set(range(1, support.regions.max() + 1))
+    assert not support.confines and set(np.unique(support.regions)) == {1}
 
 
 def test_rare_states_keep_their_points() -> None:
