@@ -25,6 +25,7 @@ from openmm_led.autoregressive import Autoregressive
 from openmm_led.config import LEDConfig
 from openmm_led.features import Features
 from openmm_led.mixtures import Density, DiagonalMixture, FixedKernels, JointMixture, wrapped
+from openmm_led.principal import Principal
 
 #: share of the range by which the published scaler widens it; and the largest width of its kernels
 SLACK, SIGMA_MAX = 0.1, 0.6
@@ -154,6 +155,8 @@ class Autoencoder(nn.Module):
             return JointMixture(width, period, k, config.decoder_floor)
         if config.decoder == "diagonal":
             return DiagonalMixture(width, period, k, config.decoder_floor)
+        if config.decoder == "principal":
+            return Principal(width, period, k, config.decoder_floor)
         circles = torch.where(self.scaler.circular, 2 * torch.pi, torch.inf)
         return FixedKernels(width, circles, k, SIGMA_MAX, joint=config.decoder == "fixed_joint")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-DECODERS = ("autoregressive", "joint", "diagonal", "fixed", "fixed_joint")
+DECODERS = ("autoregressive", "joint", "diagonal", "principal", "fixed", "fixed_joint")
 OBJECTIVES = ("reconstruction", "lagged", "both")
 CELLS = ("lstm", "gru")
 
@@ -24,12 +24,15 @@ class LEDConfig:
         decoder: "autoregressive" (torsions about rotatable bonds one after the other, then all other coordinates
             together; "joint" where there are no torsions), "joint" (mixture of Gaussians over all coordinates together,
             correlated within a kernel), "diagonal" (a mixture per coordinate, all of whose parameters depend on z),
+            "principal" (a mean that depends on z, and residuals along their principal axes or about those of training
+            frames nearby; for fewer frames than coordinates need),
             "fixed" or "fixed_joint" (published: constant
             kernels in logit space and von Mises kernels for dihedrals, only the weights depend on z; per coordinate, or
             one mixture over all of them).
-        decoder_kernels: per mixture.
+        decoder_kernels: per mixture; of "principal", at most as many as there are training frames.
         decoder_floor: least width of a kernel, in standard deviations of the coordinate; with a deterministic encoder
-            the likelihood has no bound without it.
+            the likelihood has no bound without it. For "principal" with several kernels their width, in units of the
+            spread of the residuals.
         cell: "lstm" or "gru". hidden: width of the recurrent layer and of the mixture's trunk. layers: recurrent.
         kernels: of the mixture for the next latent state. floor: least width, in standard deviations of the latent.
         members: propagators trained from different seeds; each step follows one of them, their spread shows doubt.

@@ -17,6 +17,7 @@ from openmm_led.config import LEDConfig, LEDOptions
 from openmm_led.features import Features
 from openmm_led.mixtures import FixedKernels
 from openmm_led.model import BATCH, LED
+from openmm_led.principal import Principal
 from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN
 from openmm_led.support import Support
 from openmm_led.trajectories import Trajectories, check_separate, describe
@@ -157,6 +158,9 @@ class LEDLearner:
             pairs = ((z["train"], x["train"]), (z["valid"], x["valid"]))
             self._run(model, DecoderMethod(*pairs, o.batch, o.seed), o.autoencoder_steps, folder / "decoder", o.seed,
                       progress)  # fmt: skip
+            if isinstance(model.density, Principal):
+                with torch.no_grad():
+                    model.density.settle(model.features_of(z["train"]), model.scaler(x["train"]))
         return slow
 
     def _train_propagator(self, member: int, z: dict[str, list[np.ndarray]], folder: Path, progress: bool) -> LatentRNN:
