@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from openmm_mlff import cli
+from openmm_mlff import _plugins, cli
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md", "docs/gdml.md", "docs/led.md")
 
@@ -47,7 +47,7 @@ def test_the_table_of_commands_is_complete(repository: Path) -> None:
     listed = re.findall(
         r"^\| `openmm-mlff (\w+)` \|", (repository / "README.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert sorted(listed) == sorted(cli.COMMANDS)
+    assert sorted(listed) == sorted([*cli.COMMANDS, *_plugins.registered(_plugins.COMMANDS)])
 
 
 @pytest.mark.parametrize("page", PAGES)
