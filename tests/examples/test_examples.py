@@ -76,10 +76,13 @@ def test_led(repository: Path, tmp_path: Path) -> None:
     done = run(repository, "04_led.py", "--quick", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     frames = re.search(r"alternation: (\d+) latent frames and (\d+) of MD, (\d+) returns", done.stdout)
-    # 350 frames: 20 of warm-up, three rounds of 100 latent frames and 10 of MD
-    assert frames is not None and [int(n) for n in frames.groups()] == [300, 30, 3]
+    assert frames is not None
+    latent, dynamic, returns = (int(n) for n in frames.groups())
+    # 350 frames, 20 of them warm-up; 10 of MD after 100 latent ones, or earlier where the model is in doubt
+    assert latent + dynamic == 330 and 3 <= returns <= 12 and latent >= 200
     gain = re.search(r"([\d.]+) times as fast as MD alone; the bound is 1 \+ rho = ([\d.]+)", done.stdout)
-    assert gain is not None and float(gain[2]) == 11.0 and float(gain[1]) > 1.0
+    assert gain is not None and float(gain[2]) == pytest.approx(1 + latent / dynamic, abs=0.06)
+    assert 0 < float(gain[1]) <= float(gain[2])
     pdb = repository / "examples" / "recipes" / "capped_alanine.pdb"
     solute = mdtraj.load(str(tmp_path / "alternation.dcd"), top=str(pdb))
     assert len(solute) == 35
