@@ -19,10 +19,11 @@ def read(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Propagator:
         return LED.from_card(card, tensors)
     from openmm_led import baselines
 
-    forms = {"msm": baselines.MSMPropagator, "linear_gaussian": baselines.LinearGaussian}
+    forms: dict[str, Any] = {"msm": baselines.MSMPropagator, "linear_gaussian": baselines.LinearGaussian}
     if form not in forms:
         raise ValueError(f"model: expected the form led, {', '.join(forms)} in the card's config, got {form!r}")
-    return forms[form].from_card(card, tensors)
+    found: Propagator = forms[form].from_card(card, tensors)
+    return found
 
 
 family = PropagatorFamily("led", read)
