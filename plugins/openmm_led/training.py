@@ -144,7 +144,6 @@ class LEDLearner:
                      for what in ("inputs", "coordinates"))  # fmt: skip
         data = {n: (inputs[n], x[n], s.pairs(c.lag)) for n, s in sets.items()}
         method = AutoencoderMethod(c, data["train"], data["valid"], o.batch, o.seed)
-        fixed = isinstance(model.density, FixedKernels)
         if isinstance(model.density, FixedKernels):
             self._run(model, method, o.autoencoder_steps, folder / "kernels", o.seed, progress)
             model.density.freeze()
@@ -153,14 +152,14 @@ class LEDLearner:
             u = torch.cat([model.raw(block) for block in inputs["train"].split(BATCH)]).numpy()
         at = data["train"][2]
         slow = model.orient(u[at], u[at + c.lag])
-        if not fixed:
-            z = {n: torch.as_tensor(np.concatenate(_latent(model, s)), dtype=torch.float32) for n, s in sets.items()}
-            pairs = ((z["train"], x["train"]), (z["valid"], x["valid"]))
-            self._run(model, DecoderMethod(*pairs, o.batch, o.seed), o.autoencoder_steps, folder / "decoder", o.seed,
-                      progress)  # fmt: skip
-            if isinstance(model.density, Principal):
-                with torch.no_grad():
-                    model.density.settle(model.features_of(z["train"]), model.scaler(x["train"]))
+        # the decoder has seen outputs of the encoder scaled batch by batch; now they have their final scale
+        z = {n: torch.as_tensor(np.concatenate(_latent(model, s)), dtype=torch.float32) for n, s in sets.items()}
+        pairs = ((z["train"], x["train"]), (z["valid"], x["valid"]))
+        self._run(model, DecoderMethod(*pairs, o.batch, o.seed), o.autoencoder_steps, folder / "decoder", o.seed,
+                  progress)  # fmt: skip
+        if isinstance(model.density, Principal):
+            with torch.no_grad():
+                model.density.settle(model.features_of(z["train"]), model.scaler(x["train"]))
         return slow
 
     def _train_propagator(self, member: int, z: dict[str, list[np.ndarray]], folder: Path, progress: bool) -> LatentRNN:

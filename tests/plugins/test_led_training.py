@@ -196,3 +196,17 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field}: expected"):
         LEDConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_the_published_decoder_finds_both_wells(tmp_path: Path) -> None:
+    config = LEDConfig(
+        latent_dim=1, encoder_widths=(16,), decoder_widths=(16,), decoder="fixed_joint", decoder_kernels=2, hidden=6,
+        kernels=2, objective="reconstruction",
+    )  # fmt: skip
+    options = LEDOptions(autoencoder_steps=250, batch=256, propagator_steps=20, lanes=8, chunk=50, learning_rate=5e-3)
+    model = LEDLearner(Features.raw(2), config, options).fit(
+        slow_and_fast(0, 8, 600), slow_and_fast(1, 4, 600), tmp_path, progress=False
+    )
+    x = np.concatenate(slow_and_fast(2, 4, 600).frames)
+    decoded = model.decode(model.encode(x), np.random.default_rng(0))
+    assert np.mean(np.sign(decoded[:, 0, 0]) == np.sign(x[:, 0, 0])) > 0.95
