@@ -171,6 +171,14 @@ class Autoencoder(nn.Module):
             spaced = coordinates[np.linspace(0, len(coordinates) - 1, min(len(coordinates), 5000)).astype(int)]
             self.density.place(self.scaler(torch.as_tensor(spaced, dtype=torch.float32)).numpy(), seed=0)
 
+    def set_linear(self, matrix: np.ndarray) -> None:
+        """Make the encoder, which has no hidden layer, u = (inputs - mean) matrix ``(n_inputs, latent_dim)``."""
+        (layer,) = self.encoder
+        assert isinstance(layer, nn.Linear)
+        with torch.no_grad():
+            layer.weight.copy_((self.in_std[:, None] * torch.as_tensor(matrix)).T)
+            layer.bias.zero_()
+
     def raw(self, inputs: Tensor) -> Tensor:
         """u(x) before rotation and scaling, ``(n, latent_dim)``."""
         return self.encoder((inputs - self.in_mean) / self.in_std)

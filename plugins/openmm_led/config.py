@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DECODERS = ("autoregressive", "joint", "diagonal", "principal", "fixed", "fixed_joint")
-OBJECTIVES = ("reconstruction", "lagged", "both")
+OBJECTIVES = ("reconstruction", "lagged", "both", "tica")
 CELLS = ("lstm", "gru")
 
 
@@ -18,7 +18,8 @@ class LEDConfig:
         latent_dim: latent coordinates, 1 to 8.
         encoder_widths: hidden layers of the encoder. decoder_widths: of the decoder's trunk.
         objective: what the encoder is trained for: "reconstruction" (likelihood under the decoder), "lagged" (VAMP-2
-            score, the slow part of the dynamics) or "both".
+            score, the slow part of the dynamics), "both", or "tica" (a linear encoder, `encoder_widths` empty: the slow
+            modes in closed form, for few frames; see `slow_modes`).
         vamp_weight: nats per unit of VAMP-2 score and per coordinate, for "both".
         lag: frames between the two ends of a pair in the VAMP-2 score.
         decoder: "autoregressive" (torsions about rotatable bonds one after the other, then all other coordinates
@@ -62,6 +63,11 @@ class LEDConfig:
         for name, known in (("decoder", DECODERS), ("objective", OBJECTIVES), ("cell", CELLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.objective == "tica" and (self.encoder_widths or self.decoder.startswith("fixed")):
+            raise ValueError(
+                "objective: 'tica' expects empty encoder_widths and a decoder that is not fixed, "
+                f"got {self.encoder_widths} and {self.decoder!r}"
+            )
         for name in ("lag", "decoder_kernels", "hidden", "layers", "kernels", "members"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")

@@ -19,6 +19,7 @@ from openmm_led.mixtures import FixedKernels
 from openmm_led.model import BATCH, LED
 from openmm_led.principal import Principal
 from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN
+from openmm_led.slow_modes import slow_modes
 from openmm_led.support import Support
 from openmm_led.trajectories import Trajectories, check_separate, describe
 from openmm_mlff.data.jobs import claim_folder
@@ -143,19 +144,25 @@ class LEDLearner:
         inputs, x = ({n: torch.as_tensor(getattr(s, what), dtype=torch.float32) for n, s in sets.items()}
                      for what in ("inputs", "coordinates"))  # fmt: skip
         data = {n: (inputs[n], x[n], s.pairs(c.lag)) for n, s in sets.items()}
-        method = AutoencoderMethod(c, data["train"], data["valid"], o.batch, o.seed)
-        if isinstance(model.density, FixedKernels):
-            self._run(model, method, o.autoencoder_steps, folder / "kernels", o.seed, progress)
-            model.density.freeze()
-        self._run(model, method, o.autoencoder_steps, folder / "autoencoder", o.seed, progress)
+        if c.objective == "tica":
+            pairs = {n: d[2] for n, d in data.items()}
+            modes = slow_modes(sets["train"].inputs, pairs["train"], sets["valid"].inputs, pairs["valid"], c.lag,
+                               c.latent_dim)  # fmt: skip
+            model.set_linear(modes.matrix)
+        else:
+            method = AutoencoderMethod(c, data["train"], data["valid"], o.batch, o.seed)
+            if isinstance(model.density, FixedKernels):
+                self._run(model, method, o.autoencoder_steps, folder / "kernels", o.seed, progress)
+                model.density.freeze()
+            self._run(model, method, o.autoencoder_steps, folder / "autoencoder", o.seed, progress)
         with torch.no_grad():
             u = torch.cat([model.raw(block) for block in inputs["train"].split(BATCH)]).numpy()
         at = data["train"][2]
         slow = model.orient(u[at], u[at + c.lag])
         # the decoder has seen outputs of the encoder scaled batch by batch; now they have their final scale
         z = {n: torch.as_tensor(np.concatenate(_latent(model, s)), dtype=torch.float32) for n, s in sets.items()}
-        pairs = ((z["train"], x["train"]), (z["valid"], x["valid"]))
-        self._run(model, DecoderMethod(*pairs, o.batch, o.seed), o.autoencoder_steps, folder / "decoder", o.seed,
+        known = ((z["train"], x["train"]), (z["valid"], x["valid"]))
+        self._run(model, DecoderMethod(*known, o.batch, o.seed), o.autoencoder_steps, folder / "decoder", o.seed,
                   progress)  # fmt: skip
         if isinstance(model.density, Principal):
             with torch.no_grad():
