@@ -91,6 +91,12 @@ class Scaler(nn.Module):
         u = ((x - self.low) / (self.high - self.low)).clamp(1e-6, 1.0 - 1e-6)
         return torch.where(self.circular, standard, torch.logit(u))
 
+    def range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Least and largest coordinates ``(D,)`` of the training data; infinite on circles."""
+        low, high = (b.detach().cpu().numpy().astype(np.float64) for b in (self.low, self.high))
+        slack, circular = SLACK / (1.0 + 2.0 * SLACK) * (high - low), self.circular.cpu().numpy()
+        return np.where(circular, -np.inf, low + slack), np.where(circular, np.inf, high - slack)
+
     def back(self, y: np.ndarray) -> np.ndarray:
         """Coordinates ``(n, D)`` float64; angles on a circle in (-pi, pi]."""
         centre, scale, low, high = (

@@ -66,6 +66,7 @@ class LED(Propagator):
         self._steppers = [Stepper(rnn) for rnn in self.rnns]
         self._trunk = _numpy_layers(autoencoder)
         self._draw: Sampler = autoencoder.density.sampler()
+        self._range = autoencoder.scaler.range()
 
     def check_topology(self, topology: app.Topology) -> None:
         self.features.check_topology(topology)
@@ -88,11 +89,15 @@ class LED(Propagator):
         return self.features.positions(self.decode_coordinates(z, random))
 
     def decode_coordinates(self, z: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A sample of the coordinates ``(n, n_coordinates)`` (nm, rad) for latent coordinates ``(n, latent_dim)``."""
+        """A sample of the coordinates ``(n, n_coordinates)`` (nm, rad) for latent coordinates ``(n, latent_dim)``.
+
+        Bonds, angles and positions beyond the range of the training data are put to its ends: a decoder that has not
+        seen some z may be wrong about their widths, and one stretched bond would waste the frame.
+        """
         h = np.asarray(z, dtype=np.float32)
         for weight, bias in self._trunk:
             h = np.tanh(h @ weight + bias)
-        return self.autoencoder.scaler.back(self._draw(h, random))
+        return np.clip(self.autoencoder.scaler.back(self._draw(h, random)), *self._range)
 
     # -- dynamics --------------------------------------------------------------------------------------------------
 

@@ -210,3 +210,11 @@ def test_the_published_decoder_finds_both_wells(tmp_path: Path) -> None:
     x = np.concatenate(slow_and_fast(2, 4, 600).frames)
     decoded = model.decode(model.encode(x), np.random.default_rng(0))
     assert np.mean(np.sign(decoded[:, 0, 0]) == np.sign(x[:, 0, 0])) > 0.95
+
+
+def test_decoded_coordinates_stay_within_the_range_of_the_data(trained: tuple[LED, Path]) -> None:
+    model, _ = trained
+    data = np.concatenate(slow_and_fast(0).frames)[:, 0]
+    far = model.decode(np.linspace(-60.0, 60.0, 4000)[:, None], np.random.default_rng(0))[:, 0]
+    for k in (0, 1):
+        assert far[:, k].min() >= data[:, k].min() - 1e-6 and far[:, k].max() <= data[:, k].max() + 1e-6
