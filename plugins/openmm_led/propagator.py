@@ -94,18 +94,28 @@ class PropagatorMethod:
         self.train = [torch.as_tensor(t, dtype=torch.float32) for t in train]
         self.lanes, self.chunk, self.seed = lanes, chunk, seed
         self.stride = max(len(t) for t in train)
+        # shared out once, long ones first, so that all epochs have the same number of chunks
+        chunks = [-(-(len(t) - 1) // chunk) for t in train]
+        self.shared: list[list[int]] = [[] for _ in range(lanes)]
+        filled = [0] * lanes
+        for t in sorted(range(len(train)), key=lambda t: -chunks[t]):
+            k = filled.index(min(filled))
+            self.shared[k].append(t)
+            filled[k] += chunks[t]
+        self.rows = max(filled)
         self.valid = _validation_block(valid)
 
     def epoch(self, epoch: int) -> Sequence[np.ndarray]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train))
-        lanes: list[list[int]] = [[] for _ in range(self.lanes)]
-        for t in order.tolist():
-            shortest = min(lanes, key=len)
-            shortest += [t * self.stride + s for s in range(0, len(self.train[t]) - 1, self.chunk)]
-        longest = max(len(lane) for lane in lanes)
-        table = np.full((longest, self.lanes), -1)
-        for k, lane in enumerate(lanes):
-            table[: len(lane), k] = lane
+        """Rows of a table of chunks, a column per lane; the order of the trajectories in a lane changes."""
+        random = np.random.default_rng([self.seed, epoch])
+        table = np.full((self.rows, self.lanes), -1)
+        for k, lane in enumerate(self.shared):
+            starts = [
+                t * self.stride + s
+                for t in random.permutation(np.array(lane, dtype=np.int64)).tolist()
+                for s in range(0, len(self.train[t]) - 1, self.chunk)
+            ]
+            table[: len(starts), k] = starts
         return list(table)
 
     def chunks(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,6 +61,7 @@ def test_an_epoch_counts_every_step_of_every_trajectory_once() -> None:
         seen |= {tuple(row) for row in z[:, 1:][counts].tolist()}
     assert counted == sum(len(r) - 1 for r in runs)
     assert seen == {tuple(row) for r in runs for row in r[1:].tolist()}
+    assert {len(method.epoch(e)) for e in range(20)} == {len(method.epoch(0))}
     orders = [np.concatenate(method.epoch(e)).tolist() for e in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
