@@ -34,6 +34,8 @@ class LEDConfig:
         decoder_floor: least width of a kernel, in standard deviations of the coordinate; with a deterministic encoder
             the likelihood has no bound without it. For "principal" with several kernels their width, in units of the
             spread of the residuals.
+        decoder_draws: for each decoded frame; the one is taken whose own latent coordinates are nearest to z. The
+            latent state is a function of the positions, which mixtures know only as well as they were learned.
         cell: "lstm" or "gru". hidden: width of the recurrent layer and of the mixture's trunk. layers: recurrent.
         kernels: of the mixture for the next latent state. floor: least width, in standard deviations of the latent.
         members: propagators trained from different seeds; each step follows one of them, their spread shows doubt.
@@ -48,6 +50,7 @@ class LEDConfig:
     decoder: str = "autoregressive"
     decoder_kernels: int = 8
     decoder_floor: float = 0.05
+    decoder_draws: int = 1
     cell: str = "gru"
     hidden: int = 32
     layers: int = 1
@@ -68,7 +71,7 @@ class LEDConfig:
                 "objective: 'tica' expects empty encoder_widths and a decoder that is not fixed, "
                 f"got {self.encoder_widths} and {self.decoder!r}"
             )
-        for name in ("lag", "decoder_kernels", "hidden", "layers", "kernels", "members"):
+        for name in ("lag", "decoder_kernels", "decoder_draws", "hidden", "layers", "kernels", "members"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
         for name in ("decoder_floor", "floor"):

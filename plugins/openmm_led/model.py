@@ -97,7 +97,23 @@ class LED(Propagator):
         h = np.asarray(z, dtype=np.float32)
         for weight, bias in self._trunk:
             h = np.tanh(h @ weight + bias)
+        best = self._drawn(h, random)
+        if self.config.decoder_draws > 1:
+            apart = self._astray(best, z)
+            for _ in range(self.config.decoder_draws - 1):
+                drawn = self._drawn(h, random)
+                distance = self._astray(drawn, z)
+                nearer = distance < apart
+                best[nearer], apart[nearer] = drawn[nearer], distance[nearer]
+        return best
+
+    def _drawn(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
         return np.clip(self.autoencoder.scaler.back(self._draw(h, random)), *self._range)
+
+    def _astray(self, coordinates: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Distance ``(n,)`` of the coordinates' own latent state from the one they were decoded from."""
+        own = [self.encode_inputs(np.asarray(self.features.inputs_of(block))) for block in _blocks(coordinates)]
+        return np.linalg.norm(np.concatenate(own) - z, axis=1)
 
     # -- dynamics --------------------------------------------------------------------------------------------------
 
