@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,9 @@ class Data:
     runs: dict[str, list[np.ndarray]]
 
     @classmethod
-    def read(cls) -> Data:
-        return cls({s: [r.positions for r in load("trpcage", s)] for s in SPLITS})
+    def read(cls, folder: Path) -> Data:
+        """What `led_data.py` has written to a folder so far."""
+        return cls({s: [r.positions for r in load("trpcage", s, folder=folder)] for s in SPLITS})
 
     def trajectories(self, split: str) -> Trajectories:
         names = tuple(f"{split} {k}" for k in range(len(self.runs[split])))
@@ -178,7 +180,8 @@ def picture(data: Data, generated: np.ndarray, level: dict[str, Any], rows: list
     for k, name in enumerate(MEASURES):
         label = "twice the floor" if k == 0 else None
         axis.hlines(2 * level[name]["train"], k - 0.45, k + 0.45, color="black", linewidth=1.5, label=label)
-    axis.set_xticks(range(len(MEASURES)), MEASURES)
+    axis.set_xticks(range(len(MEASURES)), [name.replace(" of ", "\nof ") for name in MEASURES])
+    axis.set_ylim(top=1.25 * axis.get_ylim()[1])
     axis.set_ylabel("divergence from the test replicas (nats)")
     axis.legend(fontsize=8, frameon=False, ncols=3)
     figure.suptitle(title, fontsize=11)

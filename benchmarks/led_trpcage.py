@@ -7,10 +7,11 @@ Native-basin dynamics: folding takes microseconds and is not in the data. As muc
 (whole rounds, the same length for every replica), split by replica; how much that is stands in the results, which are
 kept in a folder per amount of data. Stopped, it goes on.
 
-The forms of features and decoder in `CANDIDATES` are compared on the validation replicas; the best one is trained from
-three seeds and compared once with the test replicas. Generated are, from the beginnings of the replicas, 32
-trajectories each of their length, every frame decoded. Rows beside it: a Markov state model and a linear-Gaussian model
-of the same two slow coordinates, which give back frames of the training data, and the training data themselves.
+The forms of features and decoder in `CANDIDATES` are compared on the validation replicas, then the propagators in
+`PROPAGATORS` by their likelihood there; the best are trained from three seeds and compared with the test replicas.
+Generated are, from the beginnings of the replicas, 32 trajectories each of their length, every frame decoded. Rows
+beside it: a Markov state model and a linear-Gaussian model of the same two slow coordinates, which give back frames of
+the training data, and the training data themselves.
 
 Measures: RMSD from the experimental structure (CA, heavy atoms), radius of gyration, end-to-end distance, and the two
 slowest coordinates (TICA of distances between CA, fitted to training replicas); Jensen-Shannon divergence (25 bins)
@@ -21,10 +22,10 @@ of the latent coordinates as they are propagated. 200 decoded frames are relaxed
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ FOLLOWED = 10.0
 
 BASE = LEDConfig(
     latent_dim=2, encoder_widths=(), decoder_widths=(32,), objective="tica", lag=LAG, decoder="principal",
-    decoder_kernels=1, hidden=16, kernels=2, floor=0.05,
+    decoder_kernels=1, decoder_draws=8, hidden=16, kernels=1, floor=0.2,
 )  # fmt: skip
-OPTIONS = LEDOptions(autoencoder_steps=600, batch=1024, propagator_steps=1000, lanes=10, chunk=100, learning_rate=3e-3)
+OPTIONS = LEDOptions(autoencoder_steps=1000, batch=1024, propagator_steps=1000, lanes=10, chunk=100, learning_rate=2e-3)
 #: features, and what differs from `BASE`; 0 kernels stands for one at each training frame
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "principal axes": ("distances", {}),
@@ -70,11 +71,24 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("distances", {"decoder": "joint", "decoder_floor": 0.05}),
     "principal axes, VAMP": ("distances", {"objective": "both", "encoder_widths": (32,)}),
 }
+#: what differs from `BASE`; all forget the past slowly enough only if the data say so
+PROPAGATORS: dict[str, dict[str, Any]] = {
+    "GRU 16": {},
+    "GRU 4": {"hidden": 4},
+    "GRU 64": {"hidden": 64},
+    "GRU 16, narrower": {"floor": 0.05},
+    "GRU 16, 3 kernels": {"kernels": 3},
+    "GRU 64, 3 kernels": {"hidden": 64, "kernels": 3, "floor": 0.05},
+}
+DEFAULT = "GRU 16"
+_data: list[Data] = []
 
 
-@cache
 def data() -> Data:
-    return Data.read()
+    """Read once; `main` says from which folder."""
+    if not _data:
+        _data.append(Data.read(DATA))
+    return _data[0]
 
 
 def features(kind: str) -> Features:
@@ -84,18 +98,18 @@ def features(kind: str) -> Features:
     return Features.distances(topology, None, "heavy")
 
 
-def config(candidate: str) -> tuple[Features, LEDConfig]:
+def config(candidate: str, propagator: str) -> tuple[Features, LEDConfig]:
     kind, changes = CANDIDATES[candidate]
-    chosen = dict(changes)
+    chosen = changes | PROPAGATORS[propagator]
     if chosen.get("decoder_kernels") == 0:
         chosen["decoder_kernels"] = min(KERNELS, data().trajectories("train").n_frames)
     return features(kind), replace(BASE, **chosen)
 
 
-def trained(candidate: str, seed: int, path: Path) -> Propagator:
+def trained(candidate: str, propagator: str, seed: int, path: Path) -> Propagator:
     """The model file, or training that ends with it."""
     if not path.exists():
-        chosen, settings = config(candidate)
+        chosen, settings = config(candidate, propagator)
         learner = LEDLearner(chosen, settings, replace(OPTIONS, seed=seed))
         sets = [data().trajectories(s) for s in ("train", "valid")]
         learner.fit(*sets, path.with_suffix(""), temperature=TEMPERATURE, progress=False).save(path)
@@ -143,7 +157,8 @@ def run(task: dict[str, Any], path: Path) -> dict[str, str]:
     if task["name"] in ("MSM", "linear-Gaussian"):
         model = baseline(task["name"], task["seed"])
     else:
-        model = trained(task["candidate"], task["seed"], path.parent / f"{task['model']}.safetensors")
+        stored = path.parent / f"{task['model']}.safetensors"
+        model = trained(task["candidate"], task["propagator"], task["seed"], stored)
     found = {**task, **evaluate(model, task["split"], task["seed"])}
     write_atomically(path, (json.dumps(found) + "\n").encode())
     return {}
@@ -189,15 +204,29 @@ def execute(tasks: dict[str, dict[str, Any]], worker: Any, folder: Path, title: 
 def choose(folder: Path) -> list[dict[str, Any]]:
     """All candidates on the validation replicas, the best (least mean divergence of generated frames) first."""
     tasks = {
-        f"valid_{k}": {"name": name, "candidate": name, "model": f"candidate_{k}", "seed": 0, "split": "valid"}
+        f"valid_{k}": {"name": name, "candidate": name, "propagator": DEFAULT, "model": f"candidate_{k}", "seed": 0,
+                       "split": "valid"}
         for k, name in enumerate(CANDIDATES)
-    }
-    rows = execute(tasks, run, folder, "candidates")
-    return sorted(rows, key=mean_divergence)
+    }  # fmt: skip
+    return sorted(execute(tasks, run, folder, "candidates"), key=mean_divergence)
 
 
 def mean_divergence(row: dict[str, Any]) -> float:
     return float(np.mean(list(row["divergence"].values())))
+
+
+def choose_propagator(folder: Path, candidate: str) -> list[dict[str, Any]]:
+    """All propagators with one decoder, the best (most likely validation replicas) first."""
+    tasks = {
+        f"propagator_{k}": {"name": name, "candidate": candidate, "propagator": name, "model": f"propagator_{k}_model",
+                            "seed": 0, "split": "valid"}
+        for k, name in enumerate(PROPAGATORS)
+    }  # fmt: skip
+    rows = execute(tasks, run, folder, "propagators")
+    for row in rows:
+        with (folder / row["model"] / "propagator_0" / "history.csv").open(encoding="utf-8", newline="") as file:
+            row["nll"] = min(float(line["valid_loss"]) for line in csv.DictReader(file))
+    return sorted(rows, key=lambda row: row["nll"])
 
 
 def back_mapping(folder: Path, blocks: int) -> dict[str, Any]:
@@ -252,8 +281,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--frames", type=int, default=RELAXED, help="decoded frames to relax")
+    parser.add_argument("--data", type=Path, default=DATA, help="where `led_data.py` wrote to")
     arguments = parser.parse_args()
     about = machine()
+    _data[:] = [Data.read(arguments.data)]
     folder = arguments.folder / f"{data().frames_each}_frames"
     folder.mkdir(parents=True, exist_ok=True)
     amount = {split: data().nanoseconds(split) for split in data().runs}
@@ -262,10 +293,14 @@ def main() -> None:
     candidates = choose(folder)
     show(candidates, level, "candidates, against the validation replicas")
     best = candidates[0]["name"]
-    print(f"chosen: {best}")
+    propagators = choose_propagator(folder, best)
+    fitting = propagators[0]["name"]
+    print(f"chosen: {best}, {fitting};", {row["name"]: round(row["nll"], 3) for row in propagators})
     tasks = {
-        f"test_{s}": {"name": "LED", "candidate": best, "model": f"led_{s}", "seed": s, "split": "test"} for s in SEEDS
-    }
+        f"test_{s}": {"name": "LED", "candidate": best, "propagator": fitting, "model": f"led_{s}", "seed": s,
+                      "split": "test"}
+        for s in SEEDS
+    }  # fmt: skip
     tasks |= {name: {"name": name, "seed": 0, "split": "test"} for name in ("MSM", "linear-Gaussian")}
     rows = execute(tasks, run, folder, "models")
     test = np.concatenate(data().measured["test"])
@@ -283,11 +318,13 @@ def main() -> None:
     picture(data(), np.concatenate(shown), level, [*rows, reference], title)
     mapped = back_mapping(folder, -(-arguments.frames // BLOCK))
     print(json.dumps(mapped))
-    chosen, settings = config(best)
+    chosen, settings = config(best, fitting)
     result = {
         "what": __doc__, "machine": about, "ns": amount, "interval_ps": INTERVAL, "temperature": TEMPERATURE,
-        "chosen": {"name": best, "features": chosen.kind, "config": asdict(settings), "options": asdict(OPTIONS)},
-        "lag_ps": LAG * INTERVAL, "candidates": candidates, "models": rows, "training_data": reference, "floor": level,
+        "chosen": {"decoder": best, "propagator": fitting, "features": chosen.kind, "config": asdict(settings),
+                   "options": asdict(OPTIONS)},
+        "lag_ps": LAG * INTERVAL, "candidates": candidates, "propagators": propagators, "models": rows,
+        "training_data": reference, "floor": level,
         "md_timescale_ps": times, "verdict": outcome, "back_mapping": mapped,
     }  # fmt: skip
     write("led_trpcage", result)
