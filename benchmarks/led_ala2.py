@@ -157,8 +157,8 @@ def beginnings(model: Propagator, split: str, kind: str, n: int) -> np.ndarray:
     return np.stack(found)
 
 
-def evaluate(model: Propagator, features: Features, split: str, seed: int) -> dict[str, Any]:
-    """Everything that is compared, of what the model generates."""
+def evaluate(model: Propagator, features: Features, split: str, seed: int, keep: Path) -> dict[str, Any]:
+    """Everything that is compared, of what the model generates; torsions for the picture go to `keep`."""
     random = np.random.default_rng([seed, 11])
     reference = np.concatenate(torsions(runs(split, "free")))
     start = time.perf_counter()
@@ -166,6 +166,7 @@ def evaluate(model: Propagator, features: Features, split: str, seed: int) -> di
     seconds = time.perf_counter() - start
     positions = [model.decode(z, random) for z in path]
     free = torsions(positions)
+    np.savez_compressed(keep, torsions=np.stack(free)[:, ::5].astype(np.float32))
     found = kinetics(free, reference)
     found["geometry"] = geometry(np.concatenate([x[::10] for x in positions]), features)
     found["step_us"] = 1e6 * seconds / LENGTH
@@ -204,7 +205,8 @@ def run(task: dict[str, Any], path: Path) -> dict[str, str]:
         model = learner.fit(trajectories("train"), trajectories("valid"), stored.with_suffix(""),
                             temperature=TEMPERATURE, progress=False)  # fmt: skip
         model.save(stored)
-    found = {"name": task["name"], "seed": task["seed"], **evaluate(model, features, task["split"], task["seed"])}
+    figures = evaluate(model, features, task["split"], task["seed"], path.with_suffix(".npz"))
+    found = {"name": task["name"], "seed": task["seed"], **figures}
     write_atomically(path, (json.dumps(found) + "\n").encode())
     return {}
 
@@ -227,6 +229,37 @@ def show(md: dict[str, Any], rows: list[dict[str, Any]], level: dict[str, float]
     print("floor of the divergence:", {k: round(v, 5) for k, v in level.items()})
 
 
+def draw(md: dict[str, Any], rows: list[dict[str, Any]], folder: Path, path: Path) -> None:
+    """Ramachandran free energies of the test replicas and of the first model, and timescales against the lag."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.0, 3.9), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    with np.load(folder / f"led_{rows[0]['seed']}_test.npz", allow_pickle=False) as stored:
+        generated = stored["torsions"].reshape(-1, 2)
+    maps = {"molecular dynamics, test": np.concatenate(torsions(runs("test", "free"))), "LED": generated}
+    for axes, (title, angles) in zip(panels[:2], maps.items(), strict=True):
+        counts = np.histogram2d(angles[:, 0], angles[:, 1], 36, [[-180, 180]] * 2)[0]
+        with np.errstate(divide="ignore"):
+            energy = -np.log(counts.T / counts.max())
+        image = axes.pcolormesh(*[np.linspace(-180, 180, 37)] * 2, np.where(counts.T > 0, energy, np.nan), vmax=8)
+        axes.set(title=title, xlabel="φ (°)", ylabel="ψ (°)", aspect="equal", xticks=range(-180, 181, 90),
+                 yticks=range(-180, 181, 90))  # fmt: skip
+    figure.colorbar(image, ax=panels[1], label="free energy (kT)")
+    lags, axes = np.array(LAGS), panels[2]
+    for k, row in enumerate(rows):
+        values = [row["timescale_ps"][str(lag)]["value"] for lag in LAGS]
+        axes.plot(lags, values, "o-", color="#d9772b", ms=4, lw=1.2, label="LED, three seeds" if k == 0 else None)
+    value, error = (np.array([md["timescale_ps"][str(lag)][what] for lag in LAGS]) for what in ("value", "error"))
+    error = np.full(len(LAGS), error[LAGS.index(5)])  # the others were not resampled
+    axes.fill_between(lags, value - 2 * error, value + 2 * error, color="#999999", alpha=0.35, lw=0)
+    axes.plot(lags, value, "s-", color="#444444", ms=4, lw=1.2, label="molecular dynamics (± 2 s.e.)")
+    axes.set(title="slowest timescale at φ < 0", xlabel="lag (ps)", ylabel="ps", ylim=(0, 32))
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -246,7 +279,8 @@ def main() -> None:
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     md, level = molecular_dynamics(arguments.split), md_floor()
     show(md, rows, level)
-    if arguments.split == "test":
+    if arguments.split == "test" and rows:
+        draw(md, rows, arguments.folder, HERE / "led_ala2.png")
         settings = {"config": asdict(CONFIG), "options": asdict(OPTIONS)}
         write("led_ala2", {"what": __doc__, "machine": about, "settings": settings, "md": md, "floor": level,
                            "models": rows})  # fmt: skip
