@@ -23,6 +23,8 @@ from openmm_led.mixtures import Density, Sampler, pick, wrapped
 
 #: added to the variance along every principal axis, in units of the coordinates' variance
 LEAST_VARIANCE = 1e-4
+#: frames whose likelihood is found at once
+ROWS = 64
 
 
 class Principal(Density):
@@ -91,10 +93,15 @@ class Principal(Density):
             return 0.5 * wrapped(y - mean, self.period).square().sum(-1) + constant
         squares = self.axes.square().sum(-1)
         inverse = (self.axes / squares[:, None]).T / self.width
-        r = wrapped((y - mean)[:, None] - self._shrink * self.residuals, self.period)
-        logp = -0.5 * (r @ inverse).square().sum(-1)
+        # every frame against every kernel: a few frames at a time
+        logp = torch.cat([self._log_kernels(block, inverse) for block in (y - mean).split(ROWS)])
         constant = constant + self.n_out * math.log(self.width) + 0.5 * float(squares.log().sum())
         return constant - torch.logsumexp(self._log_weights(h) + logp, -1)
+
+    def _log_kernels(self, residual: Tensor, inverse: Tensor) -> Tensor:
+        """Logarithms ``(n, kernels)`` of the kernels without their constant, at residuals ``(n, n_out)``."""
+        r = wrapped(residual[:, None] - self._shrink * self.residuals, self.period)
+        return -0.5 * (r @ inverse).square().sum(-1)
 
     def moments(self, h: Tensor) -> Tensor:
         return self.head(h) + self._shrink * self._log_weights(h).exp() @ self.residuals

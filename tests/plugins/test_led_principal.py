@@ -43,7 +43,7 @@ def test_one_kernel_is_the_gaussian_of_the_residuals() -> None:
 
 def test_likelihood_is_a_sum_over_kernels() -> None:
     density = settled(20, 0.4, 60, 4)
-    h, y = data(7, 4, seed=1)
+    h, y = data(70, 4, seed=1)  # more than are looked at together
     r = (y - density.head(h)).detach().double().numpy()
     axes = density.axes.double().numpy()
     kernel = multivariate_normal(np.zeros(4), 0.4**2 * axes.T @ axes)
