@@ -16,8 +16,9 @@ from openmm_mlff.data.structures import Structure, formula
 
 #: two geometries whose inverse distances (1/angstrom) differ by less are the same.
 SAME = 1e-6
-#: energies and the forces' own energies have to agree in scale within this factor, where they are related at all.
-SLOPE = 1.25
+#: energies and the forces' own energies have to agree in scale within this factor, where they are related at all; units
+#: that are mixed up differ by 1.89 (bohr, angstrom) or more, and a poor choice of sigma and lambda by 1.3.
+SLOPE = 1.5
 #: below this number of geometries the integrated forces are too uncertain for that, and the factor is this one.
 FEW, SLOPE_OF_FEW = 50, 3.0
 #: and below so many geometries nothing can be said.

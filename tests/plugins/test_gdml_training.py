@@ -12,12 +12,12 @@ import torch
 
 from openmm_gdml.model import GDMLPotential
 from openmm_gdml.training import GDML
-from openmm_gdml.training_set import TrainingSet, stratified
+from openmm_gdml.training_set import TrainingSet, energies_fit, stratified
 from openmm_mlff.cli import main
 from openmm_mlff.data.formats import read_sgdml_npz
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential
-from openmm_mlff.units import EV_PER_KCAL_PER_MOL
+from openmm_mlff.units import ANGSTROM_PER_BOHR, EV_PER_KCAL_PER_MOL
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,17 @@ def test_bad_data_is_named(water: list[Structure]) -> None:
         settings: dict[str, Any] = {"sigma": 2.0, "permutations": None} | options
         with pytest.raises((ValueError, MemoryError), match=message):
             GDML(**settings).fit(structures)
+
+
+@pytest.mark.parametrize("factor", [0.75, 1.0, 1.4])
+def test_energies_of_a_poor_fit_are_not_taken_for_other_units(factor: float) -> None:
+    rng = np.random.default_rng(2)
+    integrated = torch.from_numpy(rng.normal(size=60))
+    energies_fit(factor * integrated, integrated)
+    # lengths in bohr instead of angstrom, the least that units differ by
+    for mistaken in (ANGSTROM_PER_BOHR, 1 / ANGSTROM_PER_BOHR):
+        with pytest.raises(ValueError, match="different units"):
+            energies_fit(mistaken * integrated, integrated)
 
 
 def test_stratified_choice_follows_the_energies() -> None:
