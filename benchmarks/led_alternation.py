@@ -5,14 +5,16 @@
 Measures are those of `led_ala2.py`: of the whole sequence of frames of a walker, decoded ones and those of MD in the
 order of time; of the stretches between returns, because the 2 ps of equilibration at a return are no frames, so that
 pairs of frames across it are 3 ps apart or more; and of the frames of MD alone. The divergence of the Ramachandran maps
-has a floor of its own in each row, which depends on how much was run: c (1/n + 1/m) / 2 for n and m ns, with c from two
-sets of MD of 20 ns each.
+is that of the parts at phi < 0, because how often phi > 0 was visited is chance; it has a floor of its own in each row,
+which depends on how much was run: c (1/n + 1/m) / 2 for n and m ns, with c from two sets of MD of 20 ns each.
 
 Energies of the System at every stage of a return beside those of MD, and of the k-th frame after it. As minimisation
 holds the heavy atoms near where they were decoded, frames of MD that go the same way are the reference for it.
 
-In water (TIP3P, 1.932 nm box): a model trained on what `led_data.py` made of it, walkers from the last States of the
-test and the validation replica, the water rebuilt around what is decoded. CPU seconds of one thread throughout.
+In water (TIP3P, 1.932 nm box): a model trained on what `led_data.py` made of it, or, where there is less than 1 ns of
+training data, the model of the implicit solvent, which shows the mechanics of a return but has the populations of
+another solvent; walkers from the last States of the test and the validation replica, the water rebuilt around what is
+decoded. CPU seconds of one thread throughout.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ from openmm_mlff.sampling.led_records import MICRO
 from openmm_mlff.sampling.propagators import load_propagator
 
 FOLDER = HERE.parent / ".work" / "led_alternation"
-ROUNDS = {1: 200, 10: 120, 100: 60}
+ROUNDS = {1: 100, 10: 80, 100: 40}
 SEED = 20261122
 LAGS = (1, 5, 10)
 RESAMPLES = 30
@@ -68,8 +70,10 @@ RESAMPLES = 30
 ALONE = (40, 5000)
 #: frames of MD that are minimised as decoded ones are
 MINIMIZED = 400
-#: in water: ratio, rounds of each walker, and the shorter training that so few data are worth
-RHO_WATER, ROUNDS_WATER = 10, 10
+#: in water: ns of training data below which the model of the implicit solvent is taken, ratio, rounds of each walker,
+#: and the shorter training that so few data are worth
+LEAST_NS = 1.0
+RHO_WATER, ROUNDS_WATER = 10, 8
 OPTIONS_WATER = LEDOptions(autoencoder_steps=2000, propagator_steps=2000)
 STARTS = ("free-test-00", "free-valid-00")
 STAGES = ("decoded", "tight", "minimized", "equilibrated")
@@ -97,9 +101,9 @@ def kinetics(
     found["ns"] = len(flat) / 1000
     found["phi_positive"] = float(positive(flat).mean())
     found["entries"] = int(sum(passages(w, False)[0, 1] for w in walkers))
-    inside = flat[~positive(flat)]
-    found["jensen_shannon_phi_negative"] = jensen_shannon(inside, reference, 36, period=360.0)
-    found["floor"] = 0.5 * level * (1000 / len(inside) + 1000 / len(reference))
+    inside, other = (x[~positive(x)] for x in (flat, reference))
+    found["jensen_shannon_phi_negative"] = jensen_shannon(inside, other, 36, period=360.0)
+    found["floor"] = 0.5 * level * (1000 / len(inside) + 1000 / len(other))
     return found
 
 
@@ -156,14 +160,22 @@ def block_error(values: np.ndarray, blocks: int = 20) -> float:
     return float(np.std(means, ddof=1) / np.sqrt(blocks))
 
 
-def energies(run: Run, md: np.ndarray) -> dict[str, Any]:
-    """Of every stage of accepted returns and of the frames of MD after them, against those of MD."""
+def energies(run: Run, md: np.ndarray, angles: np.ndarray) -> dict[str, Any]:
+    """Of every stage of accepted returns and of the frames of MD after them, against those of MD.
+
+    Args:
+        md: energies ``(m,)`` of the reference. angles: its torsions ``(m, 2)``, because energies at phi > 0 are higher
+            and how often it was visited is chance.
+    """
     accepted = run.returned()
     found: dict[str, Any] = {s: spread(np.array([r["energies"][s] for r in accepted])) for s in STAGES}
     after = run.after_return()
     found["first_frame"] = spread(after[:, 0]) | {"w1_to_md": wasserstein(after[:, 0], md)}
     found["all_frames"] = spread(after.ravel()) | {"w1_to_md": wasserstein(after.ravel(), md)}
     error = after.std(axis=0, ddof=1) / np.sqrt(len(after)) if len(after) > 1 else np.full(MICRO_FRAMES, np.nan)
+    micro = np.concatenate([e[p == PHASES.index(MICRO)] for e, p in zip(run.energies, run.phases, strict=True)])
+    inside, other = ~positive(np.concatenate(populations_of(run, MICRO))), ~positive(angles)
+    found["phi_negative"] = spread(micro[inside]) | {"md": spread(md[other])}
     found["after_return"] = {"mean_minus_md": (after.mean(axis=0) - md.mean()).tolist(), "error": error.tolist()}
     return found
 
@@ -226,8 +238,7 @@ def minimized_md() -> np.ndarray:
 
 def implicit(model: Path, folder: Path, processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures, and what the picture shows."""
-    digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    claim_folder(folder, {"model": digest, "rounds": {str(rho): n for rho, n in ROUNDS.items()}, "seed": SEED})
+    claim_folder(folder, {"model": digest(model), "rounds": {str(rho): n for rho, n in ROUNDS.items()}, "seed": SEED})
     tasks = {f"rho_{rho}": Implicit(model, rho, n, SEED + rho) for rho, n in ROUNDS.items()}
     attempt(tasks, run_implicit, folder, processes)
     test = torsions(runs("test", "free"))
@@ -244,7 +255,7 @@ def implicit(model: Path, folder: Path, processes: int) -> tuple[dict[str, Any],
             "whole": kinetics(run.torsions, reference, level),
             "between_returns": times(between_returns(run)),
             "md_frames": kinetics(populations_of(run, MICRO), reference, level, micro),
-            "energies": energies(run, md),
+            "energies": energies(run, md, reference),
             "returns": returns(run),
             "speed": speed(run, rho),
         }
@@ -255,25 +266,30 @@ def implicit(model: Path, folder: Path, processes: int) -> tuple[dict[str, Any],
 # -- water -------------------------------------------------------------------------------------------------------------
 
 
-def water_model(path: Path) -> Path:
-    """A model of the data in water; trained if it is not there."""
+def water_model(implicit_model: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A model of the data in water, trained if it is not there, if there are `LEAST_NS` of them; and what it is."""
+    path = folder / "model.safetensors"
+    sets = {s: Trajectories(tuple(r.positions for r in load("explicit", s)), 1.0) for s in ("train", "valid")}
+    amounts = {s: sum(map(len, t.frames)) / 1000 for s, t in sets.items()}
+    if amounts["train"] < LEAST_NS and not path.exists():
+        about = {"trained_on": "implicit solvent", "ns_in_water": amounts}
+        return implicit_model, about | {"digest": digest(implicit_model)}
     if not path.exists():
         torch.set_num_threads(1)
-        sets = {s: Trajectories(tuple(r.positions for r in load("explicit", s)), 1.0) for s in ("train", "valid")}
         learner = LEDLearner(Features.internal(topology_of("explicit"), "heavy"), CONFIG, OPTIONS_WATER)
-        amounts = {"ns": {s: sum(map(len, t.frames)) / 1000 for s, t in sets.items()}}
         model = learner.fit(sets["train"], sets["valid"], path.with_suffix(""), temperature=TEMPERATURE,
                             progress=False)  # fmt: skip
-        model.save(path)
         path.with_suffix(".json").write_text(json.dumps(amounts), encoding="utf-8")
-    return path
+        model.save(path)
+    amounts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    options = {"config": asdict(CONFIG), "options": asdict(OPTIONS_WATER)}
+    return path, {"trained_on": "TIP3P", "ns_in_water": amounts, "digest": digest(path)} | options
 
 
-def explicit(folder: Path, processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def explicit(implicit_model: Path, folder: Path, processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures, and what the picture shows."""
-    settings = {"config": asdict(CONFIG), "options": asdict(OPTIONS_WATER)}
-    claim_folder(folder, settings | {"rho": RHO_WATER, "rounds": ROUNDS_WATER, "seed": SEED})
-    model = water_model(folder / "model.safetensors")
+    model, about = water_model(implicit_model, folder)
+    claim_folder(folder, {"model": about["digest"], "rho": RHO_WATER, "rounds": ROUNDS_WATER, "seed": SEED})
     tasks = {}
     for k, name in enumerate(STARTS):
         start = folder / f"{name}.xml"
@@ -293,10 +309,10 @@ def explicit(folder: Path, processes: int) -> tuple[dict[str, Any], dict[str, An
     alphas |= {"decoded test": helix(torsions(again))}
     alphas |= {phase: helix(populations_of(run, phase)) for phase in PHASES}
     figures = {
-        "settings": {"rho": RHO_WATER, "rounds": ROUNDS_WATER, **settings},
-        "training": json.loads(model.with_suffix(".json").read_text(encoding="utf-8")),
+        "settings": {"rho": RHO_WATER, "rounds": ROUNDS_WATER, "seed": SEED},
+        "model": about,
         "md_energies": spread(md) | {"error": block_error(md)},
-        "energies": energies(run, md),
+        "energies": energies(run, md, np.concatenate([t for ts in angles.values() for t in ts])),
         "returns": returns(run) | {"waters_moved": [r["solvent_moved"] for r in run.returned()]},
         "alphaR": alphas,
         "water": water_figures(parts),
@@ -341,6 +357,11 @@ def attempt(tasks: dict[str, Any], worker: Callable[[Any, Path], dict[str, str]]
                         title="runs")  # fmt: skip
     if outcome.failed:
         raise SystemExit("\n".join(f"{name}: {error}" for name, error in outcome.failed.items()))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, by which finished runs know their model."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def show(result: dict[str, Any]) -> None:
@@ -392,10 +413,11 @@ def main() -> None:
         raise SystemExit(f"no {arguments.model.name}; benchmarks/led_ala2.py trains it")
     about = machine()
     figures, shown = implicit(arguments.model, arguments.folder, arguments.processes)
-    result: dict[str, Any] = {"what": __doc__, "machine": about, "model": arguments.model.name, "implicit": figures}
+    result: dict[str, Any] = {"what": __doc__, "machine": about, "implicit": figures,
+                              "model": {"file": arguments.model.name, "sha256": digest(arguments.model)}}  # fmt: skip
     water = None
     if not arguments.no_water:
-        result["explicit"], water = explicit(arguments.folder / "water", arguments.processes)
+        result["explicit"], water = explicit(arguments.model, arguments.folder / "water", arguments.processes)
     show(result)
     write("led_alternation", result)
     draw(result, shown, water, HERE / "led_alternation.png")
