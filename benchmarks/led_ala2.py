@@ -81,8 +81,6 @@ def kinetics(angles: list[np.ndarray], reference: np.ndarray, resamples: int = 3
     flat = np.concatenate(angles)
     found["phi_positive"] = float(positive(flat).mean())
     found["jensen_shannon"] = jensen_shannon(flat, reference, 36, period=360.0)
-    inside = ~positive(flat)
-    found["jensen_shannon_phi_negative"] = jensen_shannon(flat[inside], reference, 36, period=360.0)
     return found
 
 
