@@ -182,7 +182,7 @@ def picture(data: Data, generated: np.ndarray, level: dict[str, Any], rows: list
         axis.hlines(2 * level[name]["train"], k - 0.45, k + 0.45, color="black", linewidth=1.5, label=label)
     axis.set_xticks(range(len(MEASURES)), [name.replace(" of ", "\nof ") for name in MEASURES])
     axis.set_ylim(top=1.25 * axis.get_ylim()[1])
-    axis.set_ylabel("divergence from the test replicas (nats)")
+    axis.set_ylabel("divergence from test (nats)")
     axis.legend(fontsize=8, frameon=False, ncols=3)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, HERE / "led_trpcage.png")

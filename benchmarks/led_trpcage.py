@@ -51,7 +51,7 @@ SEEDS = (0, 1, 2)
 WARM_UP, WALKERS = 5, 32
 #: kernels at training frames at most
 KERNELS = 2000
-RELAXED, BLOCK = 200, 10
+RELAXED, BLOCK = 200, 5
 FOLLOWED = 10.0
 
 BASE = LEDConfig(
