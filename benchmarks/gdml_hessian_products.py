@@ -5,12 +5,14 @@ random unit vectors v of all 27 coordinates, by five-point differences of the fo
 of the largest). Training, validation and test frames come from separate stretches of both trajectories. sigma and
 lambda are chosen on the validation frames for each entry, the error on the test frames is taken once. Rows of the table
 with equal M have the same geometries; M (1 + k) is the number of label vectors. The reported equivalent is the number
-of geometries with forces alone that give the same error, interpolated in the logarithms.
+of geometries with forces alone that give the same error, interpolated in the logarithms. Seeds that are in the JSON
+already, with the same settings, are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import SHARED, machine, write
+from _common import HERE, SHARED, machine, write
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +29,9 @@ from openmm_gdml.training import GDML
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 
+NAME = "gdml_hessian_products"
 DATA = "gdml/dataset_ethanol.npz"
+FRAMES = ("train", "validation", "test")
 GEOMETRIES = (12, 25, 50, 100, 200)
 PRODUCTS = (0, 1, 3, 9)
 SIGMAS, LAMBDAS = (10.0, 20.0, 40.0), (1e-10, 1e-8, 1e-6)
@@ -107,6 +111,17 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def finished(settings: dict[str, Any], frames: dict[str, int]) -> list[dict[str, Any]]:
+    """Rows of the seeds that an earlier call with the same settings has measured."""
+    path = HERE / f"{NAME}.json"
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if (earlier.get("settings"), earlier.get("frames")) != (settings, frames):
+        return []
+    return list(earlier["runs"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -123,8 +138,12 @@ def main() -> None:
     reference, console = Reference(numbers), Console()
     valid = [reference.label(r, 0, 0) for r in stretches["valid"]]
     test = [reference.label(r, 0, 0) for r in stretches["test"]]
-    rows = []
-    for seed in range(args.seeds):
+    frames = {name: len(part) for name, part in zip(FRAMES, stretches.values(), strict=True)} | {"permutations": 1}
+    settings = {"geometries": list(GEOMETRIES), "products": list(PRODUCTS), "vectors": args.vectors,
+                "sigma": list(SIGMAS), "lam": list(LAMBDAS), "step": STEP}  # fmt: skip
+    rows = finished(settings, frames)
+    done = {row["seed"] for row in rows}
+    for seed in (k for k in range(args.seeds) if k not in done):
         order = np.random.default_rng(seed).permutation(len(stretches["train"]))[: max(GEOMETRIES)]
         most = {m: max(k for k in PRODUCTS if m * (1 + k) <= args.vectors) for m in GEOMETRIES}
         need = [max(k for m, k in most.items() if n < m) for n in range(len(order))]
@@ -135,11 +154,10 @@ def main() -> None:
                 row = {"seed": seed, "geometries": m, "products": k, **measure(chosen, valid, test)}
                 rows.append(row)
                 console.print(f"seed {seed} M {m} k {k}: {row['force_mae']:.3f} ({row['seconds']:.0f} s)")
-        about = {"train": len(stretches["train"]), "validation": len(valid), "test": len(test), "permutations": 1}
-        summary = summarise(rows)
-        write("gdml_hessian_products", {"machine": machine(), "frames": about, "table": summary, "runs": rows})
+        result = {"machine": machine(), "frames": frames, "settings": settings, "table": summarise(rows), "runs": rows}
+        write(NAME, result)
     shown = Table("M geometries", "products each", "label vectors", "force MAE, kcal/mol/A", "as forces of so many")
-    for t in summary:
+    for t in summarise(rows):
         spread = "" if t["spread"] is None else f" +- {t['spread']:.3f}"
         same = t["equivalent_geometries"]
         shown.add_row(str(t["geometries"]), str(t["products"]), str(t["vectors"]), f"{t['force_mae']:.3f}{spread}",
