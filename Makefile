@@ -11,7 +11,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PI
 
 # in the order in which they need one another's results
 LED := benchmarks/led_mueller_brown_md.py benchmarks/led_mueller_brown.py benchmarks/led_data.py \
-	benchmarks/led_reference.py benchmarks/led_ala2.py benchmarks/led_speedup.py
+	benchmarks/led_reference.py benchmarks/led_ala2.py benchmarks/led_alternation.py \
+	benchmarks/led_trpcage.py benchmarks/led_speedup.py
 
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1
