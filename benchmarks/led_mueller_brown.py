@@ -51,7 +51,7 @@ WARM_UP = 50
 TEST_SEED = 20261121
 OPTIONS = LEDOptions(autoencoder_steps=5000, propagator_steps=6000)
 CONFIGS = {
-    "LED, 1 latent coordinate": LEDConfig(latent_dim=1, hidden=64),
+    "LED, 1 latent coordinate": LEDConfig(latent_dim=1, hidden=64, vamp_weight=3.0),
     "LED, 2 latent coordinates": LEDConfig(latent_dim=2, hidden=64, objective="reconstruction"),
     "published decoder and sizes": LEDConfig(**PUBLISHED["mueller_brown"]),
 }
@@ -186,6 +186,47 @@ def show(reference: dict[str, Any], rows: dict[str, Any]) -> None:
     Console(width=150).print(table)
 
 
+def draw(reference: dict[str, Any], rows: dict[str, Any], path: Path) -> None:
+    """Timescales against the lag, and first-passage times over those of molecular dynamics."""
+    from matplotlib.figure import Figure
+
+    styles = {
+        "LED, 2 latent coordinates": ("#d9772b", "D"), "LED, 1 latent coordinate": ("#2b6ca3", "o"),
+        "published decoder and sizes": ("#8c4fa8", "v"), "Markov state model": ("#3a8f5c", "^"),
+        "linear-Gaussian": ("#999999", "s"),
+    }  # fmt: skip
+    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lags = [lag * INTERVAL for lag in LAGS]
+    value, error = (
+        np.array([reference[what][f"{lag:g}"] for lag in lags]) for what in ("timescales", "timescale_errors")
+    )
+    left.fill_between(lags, value - 2 * error, value + 2 * error, color="#999999", alpha=0.35, lw=0)
+    left.plot(lags, value, "k-", lw=1.4, label="molecular dynamics (± 2 s.e.)")
+    width = 0.15
+    for k, (name, (color, marker)) in enumerate(styles.items()):
+        if name not in rows:
+            continue
+        found = rows[name]["over_seeds"]
+        mean, sd = (np.array([found[f"timescale_{lag:g}"][what] or 0.0 for lag in lags]) for what in ("mean", "sd"))
+        left.errorbar(lags, mean, sd, color=color, marker=marker, ms=5, lw=1.2, capsize=2, label=name)
+        for x, direction in enumerate(("upper_to_lower", "lower_to_upper")):
+            ratio = found[direction]["mean"] / reference[direction]
+            spread = (found[direction]["sd"] or 0.0) / reference[direction]
+            right.bar(x + (k - 2) * width, ratio, width * 0.9, yerr=spread, color=color, capsize=2)
+    left.set(xlabel="lag", ylabel="slowest implied timescale", xscale="log", ylim=(0, None))
+    left.set_xticks(lags, [f"{lag:g}" for lag in lags])
+    left.minorticks_off()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    right.axhspan(0.85, 1.15, color="#999999", alpha=0.25, lw=0)
+    right.axhline(1.0, color="black", lw=1.0)
+    right.set_xticks([0, 1], ["upper to lower well", "lower to upper well"])
+    right.set_ylabel("first-passage time / MD (band: ± 15 %)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[*CONFIGS, *BASELINES])
@@ -209,6 +250,7 @@ def main() -> None:
     reference, rows = measures(test, test), collect(folder)
     train = measures(frames("train"), test)
     show(reference, {"MD (training data)": {"seeds": [train], "over_seeds": over_seeds([train])}, **rows})
+    draw(reference, rows, HERE / "led_mueller_brown.png")
     settings = {"options": asdict(OPTIONS), "configs": {name: asdict(c) for name, c in CONFIGS.items()}}
     result = {"what": __doc__, "machine": about, "settings": settings, "md_test": reference, "md_train": train}
     write("led_mueller_brown", {**result, "rows": rows})
