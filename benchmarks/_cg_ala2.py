@@ -19,7 +19,7 @@ from openmm_mlff.analysis import landscapes
 from openmm_mlff.analysis.landscapes import Sample
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.data.coarse_graining import BeadMap, ForceCovariance, constraints_of, optimised_force_map, save_maps
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces.handedness import handedness_wall
 from openmm_mlff.forces.prior_forces import prior_forces
 from openmm_mlff.potentials.family import save_potential

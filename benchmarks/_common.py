@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Structure
 
 HERE = Path(__file__).parent

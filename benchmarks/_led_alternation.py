@@ -15,7 +15,7 @@ import openmm
 from _led_systems import alanine, explicit_alanine, load, phi_psi, solute_atoms
 from openmm import app
 
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces.serialization import load_state
 from openmm_mlff.sampling.led_records import MACRO, MICRO, WARMUP, Frames, Return
 from openmm_mlff.sampling.led_reporters import LEDReporter

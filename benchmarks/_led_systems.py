@@ -16,11 +16,9 @@ import numpy as np
 import openmm
 from _common import HERE, SHARED
 from openmm import app, unit
-from safetensors import safe_open
-from safetensors.numpy import save
 
 from openmm_mlff.analysis.observables import backbone_torsions, dihedral
-from openmm_mlff.data.shards import METADATA_KEY, write_bytes
+from openmm_mlff.data.files import read_arrays, write_arrays
 from openmm_mlff.sampling.implicit_solvent import use_native_obc2
 
 FOLDER = HERE.parent / ".work" / "led_data"
@@ -149,21 +147,14 @@ class Replica:
 
 def write_segment(path: Path, positions: np.ndarray, energies: np.ndarray, info: Mapping[str, Any]) -> None:
     """Write one file (safetensors) under a temporary name and move it."""
-    tensors: dict[str, np.ndarray] = {
-        "positions": np.ascontiguousarray(positions, dtype=np.float32),
-        "energies": np.ascontiguousarray(energies, dtype=np.float64),
-    }
-    header = {"format": FORMAT, "info": dict(info)}
-    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+    arrays = {"positions": np.asarray(positions, np.float32), "energies": np.asarray(energies, np.float64)}
+    write_arrays(path, FORMAT, arrays, {"info": dict(info)})
 
 
 def read_segment(path: Path) -> Replica:
     """Read what `write_segment` wrote; raises `ValueError` for another kind of file."""
-    with safe_open(path, framework="numpy") as file:
-        header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected frames of format {FORMAT}, got {header.get('format')!r}")
-        return Replica(file.get_tensor("positions"), file.get_tensor("energies"), header["info"])
+    header, arrays = read_arrays(path, FORMAT, "frames")
+    return Replica(arrays["positions"], arrays["energies"], header["info"])
 
 
 def topology_of(system: str, folder: Path = FOLDER) -> app.Topology:

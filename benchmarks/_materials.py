@@ -26,7 +26,7 @@ from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 
 from openmm_gdml.crystals import wrapped
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 

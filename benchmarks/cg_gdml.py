@@ -44,8 +44,8 @@ from openmm_gdml.coarse_grained import CoarseGrainedGDML
 from openmm_gdml.model import GDMLPotential
 from openmm_mlff.analysis import landscapes
 from openmm_mlff.analysis.landscapes import Sample
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import run_tasks
-from openmm_mlff.data.model_file import write_atomically
 from openmm_mlff.potentials.family import load_potential, save_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.sampling.replica_files import read_observables, read_positions

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from openmm_gdml.coarse_grained import CoarseGrainedGDML
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import run_tasks
-from openmm_mlff.data.model_file import write_atomically
 from openmm_mlff.potentials.family import load_potential, save_potential
 
 SIZES = (300, 1000, 3000, 10_000, 30_000)

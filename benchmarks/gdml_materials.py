@@ -27,7 +27,7 @@ from rich.table import Table
 
 from openmm_gdml import crystals
 from openmm_gdml.training import GDML
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import save_potential
 

@@ -37,7 +37,7 @@ from rich.table import Table
 
 from openmm_mlff.analysis.observables import mean_with_error
 from openmm_mlff.analysis.path_integrals import harmonic_oscillator, virial_kinetic_energy
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.path_integrals import (
     RingFrame,

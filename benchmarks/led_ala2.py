@@ -32,8 +32,8 @@ from rich.table import Table
 
 from openmm_led import LED, Features, LEDConfig, LEDLearner, LEDOptions, Trajectories
 from openmm_mlff.analysis.distributions import floor, jensen_shannon
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import run_tasks
-from openmm_mlff.data.model_file import write_atomically
 from openmm_mlff.sampling.propagators import Propagator, load_propagator
 
 FOLDER = HERE.parent / ".work" / "led_ala2"

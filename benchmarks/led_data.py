@@ -28,8 +28,8 @@ from _led_systems import FOLDER, alanine, explicit_alanine, phi_psi, solute_atom
 from openmm import app
 
 from openmm_mlff.analysis.observables import backbone_torsions
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import claim_folder, run_tasks
-from openmm_mlff.data.shards import write_bytes
 from openmm_mlff.forces.serialization import load_state
 from openmm_mlff.sampling.checkpoints import seed_for
 from openmm_mlff.sampling.platforms import choose_platform
@@ -178,7 +178,7 @@ def prepare(name: str, folder: Path) -> None:
     modeller.delete([atom for atom in topology.atoms() if atom.index not in set(solute.tolist())])
     with (folder / "solute.pdb").open("w", encoding="utf-8") as file:
         app.PDBFile.writeFile(modeller.topology, modeller.positions, file, keepIds=True)
-    write_bytes(folder / "system.xml", openmm.XmlSerializer.serialize(system).encode())
+    write_atomically(folder / "system.xml", openmm.XmlSerializer.serialize(system).encode())
     context = _context(system, settings, seed_for(SEED, f"{name}/start", 0))
     context.setPositions(positions)
     openmm.LocalEnergyMinimizer.minimize(context)
@@ -316,7 +316,7 @@ def _context(system: openmm.System, settings: Settings, seed: int) -> openmm.Con
 
 def _save_state(context: openmm.Context, path: Path) -> None:
     state = context.getState(positions=True, velocities=True)
-    write_bytes(path, openmm.XmlSerializer.serialize(state).encode())
+    write_atomically(path, openmm.XmlSerializer.serialize(state).encode())
 
 
 def _read_state(path: Path) -> openmm.State:

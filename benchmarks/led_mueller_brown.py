@@ -33,8 +33,8 @@ from openmm_led.projections import LinearProjection
 from openmm_mlff.analysis.distributions import wasserstein
 from openmm_mlff.analysis.kinetics import Grid, implied_timescales
 from openmm_mlff.analysis.passages import Ellipse, hitting_times
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import run_tasks
-from openmm_mlff.data.model_file import write_atomically
 from openmm_mlff.sampling.model_potentials import TEMPERATURE, MuellerBrown, WalkerSettings, run_walkers
 from openmm_mlff.sampling.propagators import Propagator, load_propagator
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from openmm_mlff.analysis.distributions import populations
 from openmm_mlff.analysis.kinetics import Grid, implied_timescales
 from openmm_mlff.analysis.passages import hitting_times
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.sampling.model_potentials import ELLIPSES, MuellerBrown, WalkerSettings, run_walkers, watch_cores
 
 FOLDER = HERE.parent / ".work" / "led_mb"

@@ -41,8 +41,8 @@ from rich.table import Table
 
 from openmm_led import Features, LEDConfig, LEDLearner, LEDOptions
 from openmm_led.baselines import LinearGaussian, MSMPropagator
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import run_tasks
-from openmm_mlff.data.model_file import write_atomically
 from openmm_mlff.sampling.back_mapping import BackMapper, RelaxationSettings
 from openmm_mlff.sampling.propagators import Propagator, load_propagator
 

@@ -274,14 +274,14 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     from openmm_mlff.data.datasets import Dataset
+    from openmm_mlff.data.files import write_atomically
     from openmm_mlff.data.formats import write_structures
-    from openmm_mlff.data.shards import write_bytes
 
     structures = Dataset(args.dataset).load(args.split)
     write_structures(args.file, structures)
     configuration = {"dataset": str(args.dataset), "split": args.split, "structures": len(structures)}
     beside = args.file.with_name(args.file.name + ".configuration.json")
-    write_bytes(beside, (json.dumps(configuration, indent=1) + "\n").encode())
+    write_atomically(beside, (json.dumps(configuration, indent=1) + "\n").encode())
     print(f"{args.file}: {len(structures)} structures")
     return 0
 

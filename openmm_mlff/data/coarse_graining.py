@@ -16,23 +16,19 @@ Units: angstrom, eV, eV/angstrom, amu.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
 
-from openmm_mlff.data.shards import write_bytes
+from openmm_mlff.data.files import read_arrays, write_arrays
 
 if TYPE_CHECKING:
     from openmm.app import Topology
 
 FORMAT = "openmm-mlff-bead-map-1"
-METADATA_KEY = "openmm-mlff"
 #: how far M C^T may be from the unit matrix, and weights within a constraint group from one another.
 TOLERANCE = 1e-6
 
@@ -366,7 +362,6 @@ def save_maps(
         raise ValueError(f"temperature: expected a positive number (K), got {temperature!r}")
     forces.check(beads)
     header = {
-        "format": FORMAT,
         "names": beads.names,
         "residues": beads.residues,
         "numbers": beads.numbers,
@@ -377,20 +372,12 @@ def save_maps(
         "info": dict(info or {}),
     }
     tensors = {"bead_weights": beads.weights, "force_weights": forces.weights, "masses": beads.masses}
-    tensors = {name: np.ascontiguousarray(value, dtype=np.float64) for name, value in tensors.items()}
-    write_bytes(Path(path), save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+    write_arrays(path, FORMAT, {name: np.asarray(value, dtype=np.float64) for name, value in tensors.items()}, header)
 
 
 def load_maps(path: str | Path) -> tuple[BeadMap, ForceMap, float]:
     """Bead map, force map and temperature (K) that `save_maps` wrote; `ValueError` for another kind of file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with safe_open(path, framework="numpy") as file:
-        header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected a bead map of format {FORMAT}, got {header.get('format')!r}")
-        tensors = {name: file.get_tensor(name) for name in ("bead_weights", "force_weights", "masses")}
+    header, tensors = read_arrays(path, FORMAT, "a bead map")
     beads = BeadMap(
         names=tuple(header["names"]),
         residues=tuple((name, int(number)) for name, number in header["residues"]),

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from openmm_mlff import __version__
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.reference import LabelError, ReferenceMethod
-from openmm_mlff.data.shards import FORMAT, read_header, read_shard, write_bytes, write_shard
+from openmm_mlff.data.shards import FORMAT, read_header, read_shard, write_shard
 from openmm_mlff.data.structures import SYMBOLS, Structure
 
 UNITS = {
@@ -293,7 +294,7 @@ def _atom_energies(method: ReferenceMethod | Mapping[str, Any], elements: Iterab
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_dataset(

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.reference import limit_threads
-from openmm_mlff.data.shards import write_bytes
 
 #: ``worker(argument, path)`` writes the file of one task under a temporary name and moves it; it returns the errors
 #: (by name) of parts that it had to leave out. A top-level function, because it travels to other processes.
@@ -43,7 +43,7 @@ def claim_folder(folder: str | Path, configuration: Mapping[str, Any]) -> None:
     path = Path(folder) / "configuration.json"
     wanted = json.loads(json.dumps(configuration))
     if not path.exists():
-        write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for key in sorted({*wanted, *found}):
@@ -71,7 +71,7 @@ def _forget(log: Path, tasks: set[str]) -> None:
     """Take the entries of tasks that will run again out of the log."""
     if log.exists():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["task"] not in tasks]
-        write_bytes(log, "".join(line + "\n" for line in lines).encode())
+        write_atomically(log, "".join(line + "\n" for line in lines).encode())
 
 
 def run_tasks(

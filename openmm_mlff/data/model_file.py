@@ -7,18 +7,18 @@ user's file has moved.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
+
+from openmm_mlff.data.files import write_atomically
 
 FORMAT = "openmm-mlff"
 FORMAT_VERSION = 1
@@ -51,26 +51,6 @@ def verify(path: str | Path, sha256: str) -> None:
     actual = sha256_of(path)
     if actual != sha256:
         raise ValueError(f"sha256: {Path(path).name} should have {sha256}, but has {actual}: damaged, or another model")
-
-
-def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Write under a temporary name in the same folder, then move, so that no reader sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        # mkstemp makes files private; a model should be as readable as any other new file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    return path
 
 
 def encode(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:

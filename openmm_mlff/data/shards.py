@@ -1,7 +1,7 @@
 """labelled structures -> one file of a dataset (a shard), and back.
 
-A shard is a safetensors file with the tensors below (``n`` structures laid end to end, ``N`` atoms in all); it is
-written under a temporary name and moved, so a shard that exists is complete. Nothing is pickled::
+A shard is a safetensors file (see `files`) with the tensors below, ``n`` structures laid end to end, ``N`` atoms in
+all::
 
     counts        (n,)      int32    atoms per structure
     numbers       (N,)      uint8    atomic numbers
@@ -14,28 +14,23 @@ written under a temporary name and moved, so a shard that exists is complete. No
     dipole        (n, 3)    float64  e*angstrom                   (likewise)
     charges       (N,)      float64  e                            (likewise)
 
-Its metadata have the one key ``openmm-mlff`` (several would be written in a random order, and equal shards should be
-equal files), a JSON object: ``format``, ``groups`` and ``info`` (an entry per structure), ``failures`` (structures
-that the shard should have held and could not, with the reason).
+Its header has ``format``, ``groups`` and ``info`` (an entry per structure), ``failures`` (structures that the shard
+should have held and could not, with the reason).
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from openmm_mlff.data.files import read_arrays, write_arrays
 from openmm_mlff.data.structures import Structure
 
 FORMAT = "openmm-mlff-dataset-1"
-METADATA_KEY = "openmm-mlff"
 #: optional tensors and the shape of one entry.
 PER_STRUCTURE: dict[str, tuple[int, ...]] = {"cell": (3, 3), "energy": (), "dipole": (3,)}
 PER_ATOM: dict[str, tuple[int, ...]] = {"forces": (3,), "charges": ()}
@@ -50,17 +45,6 @@ class ShardHeader:
 
     def __len__(self) -> int:
         return len(self.groups)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name beside `path`, and move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_shard(path: str | Path, structures: Sequence[Structure], failures: Mapping[str, str] | None = None) -> None:
@@ -92,23 +76,22 @@ def write_shard(path: str | Path, structures: Sequence[Structure], failures: Map
         ]
         tensors[name] = np.ascontiguousarray(np.concatenate(filled))
     header = {
-        "format": FORMAT,
         "groups": [s.group for s in structures],
         "info": [dict(s.info) for s in structures],
         "failures": dict(failures or {}),
     }
-    write_bytes(Path(path), save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+    write_arrays(path, FORMAT, tensors, header)
 
 
 def read_header(path: str | Path) -> ShardHeader:
     """Groups and failures of a shard. Raises `ValueError` if the file is not a shard of a known format."""
-    header, _ = _read(path, tensors=False)
+    header, _ = read_arrays(path, FORMAT, "a shard", names=())
     return ShardHeader(tuple(header["groups"]), header["failures"])
 
 
 def read_shard(path: str | Path) -> list[Structure]:
     """All structures of one shard. Raises `ValueError` if the file is not a shard of a known format."""
-    header, tensors = _read(path, tensors=True)
+    header, tensors = read_arrays(path, FORMAT, "a shard")
     ends = np.cumsum(tensors["counts"])
     structures = []
     for k, end in enumerate(ends):
@@ -130,15 +113,3 @@ def read_shard(path: str | Path) -> list[Structure]:
             )
         )
     return structures
-
-
-def _read(path: str | Path, tensors: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path}: expected a shard of format {FORMAT}, got {header.get('format')!r}")
-            names = list(file.keys()) if tensors else []
-            return header, {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a shard, but the file is damaged or of another kind ({error})") from error

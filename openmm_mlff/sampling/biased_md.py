@@ -12,7 +12,6 @@ Units: angstrom, eV, degrees, kelvin, picoseconds; OpenMM's units stay inside.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +20,9 @@ from typing import Any
 import numpy as np
 import openmm
 from openmm import unit
-from safetensors import safe_open
-from safetensors.numpy import save
 
 from openmm_mlff.analysis.observables import dihedral
-from openmm_mlff.data.shards import write_bytes
+from openmm_mlff.data.files import read_arrays, write_arrays
 from openmm_mlff.units import (
     ANGSTROM_PER_NM,
     BOLTZMANN_EV,
@@ -35,7 +32,6 @@ from openmm_mlff.units import (
 )
 
 FORMAT = "openmm-mlff-frames-1"
-METADATA_KEY = "openmm-mlff"
 #: force group of the bias; its forces are never recorded.
 BIAS_GROUP = 31
 Torsion = tuple[int, int, int, int]
@@ -229,26 +225,14 @@ class Frames:
 
 def write_frames(path: str | Path, frames: Frames) -> None:
     """Write one file (safetensors, moved into place when it is complete)."""
-    tensors: dict[str, np.ndarray] = {
-        "positions": np.ascontiguousarray(frames.positions, dtype=np.float32),
-        "forces": np.ascontiguousarray(frames.forces, dtype=np.float32),
-        "bias": np.ascontiguousarray(frames.bias, dtype=np.float64),
-        "torsions": np.ascontiguousarray(frames.torsions, dtype=np.float32),
-    }
-    header = {"format": FORMAT, "info": dict(frames.info)}
-    write_bytes(Path(path), save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+    arrays = {name: np.asarray(getattr(frames, name), np.float32) for name in ("positions", "forces", "torsions")}
+    arrays["bias"] = np.asarray(frames.bias, np.float64)
+    write_arrays(path, FORMAT, arrays, {"info": dict(frames.info)})
 
 
 def read_frames(path: str | Path) -> Frames:
     """Read what `write_frames` wrote. Raises `FileNotFoundError`, and `ValueError` for another kind of file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with safe_open(path, framework="numpy") as file:
-        header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected frames of format {FORMAT}, got {header.get('format')!r}")
-        tensors = {name: file.get_tensor(name) for name in ("positions", "forces", "bias", "torsions")}
+    header, tensors = read_arrays(path, FORMAT, "frames")
     return Frames(**tensors, info=header["info"])
 
 

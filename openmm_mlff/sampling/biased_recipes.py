@@ -20,8 +20,8 @@ from openmm import app, unit
 from safetensors.numpy import load_file, save
 
 from openmm_mlff._plugins import near
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import Outcome, claim_folder, run_tasks
-from openmm_mlff.data.shards import write_bytes
 from openmm_mlff.sampling.biased_md import (
     BiasedPlan,
     BiasMap,
@@ -174,7 +174,7 @@ def sample_biased(
     output.mkdir(parents=True, exist_ok=True)
     claim_folder(output, {"recipe": recipe.table})
     system = openmm.XmlSerializer.serialize(recipe.system)
-    write_bytes(output / "system.xml", system.encode())
+    write_atomically(output / "system.xml", system.encode())
     bias, snapshots = _bias(recipe, output / "bias.safetensors", platform)
     plans = plan_trajectories(recipe, bias, snapshots, system, platform)
     return run_tasks(
@@ -201,7 +201,7 @@ def _bias(recipe: BiasedRecipe, path: Path, platform: str) -> tuple[BiasMap, np.
             platform,
         )
         tensors = {"bias": bias.energies, "free_energy": free_energy, "snapshots": snapshots}
-        write_bytes(path, save(tensors))
+        write_atomically(path, save(tensors))
     found = load_file(path)
     return BiasMap((first, second), found["bias"]), found["snapshots"]
 

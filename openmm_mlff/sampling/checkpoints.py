@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import openmm
 
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces.serialization import load_state
-from openmm_mlff.sampling.settings import write_bytes
 
 FORMAT = 1
 NAME = "checkpoint.zip"
@@ -64,7 +64,7 @@ class Checkpoint:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             archive.writestr("meta.json", json.dumps(meta))
             archive.writestr("state.xml", self.state)
-        write_bytes(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:

@@ -13,8 +13,8 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import SYMBOLS
-from openmm_mlff.sampling.settings import write_bytes
 
 #: a bond counts as broken when it is longer than this many times the sum of the covalent radii ...
 BROKEN = 1.6
@@ -132,12 +132,12 @@ def save_failure(folder: str | Path, context: openmm.Context, topology: app.Topo
     """Write ``system.xml``, ``state.xml``, ``integrator.xml``, ``message.txt`` and, if finite, ``positions.pdb``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "message.txt", (message + "\n").encode())
-    write_bytes(folder / "integrator.xml", openmm.XmlSerializer.serialize(context.getIntegrator()).encode())
-    write_bytes(folder / "system.xml", openmm.XmlSerializer.serialize(context.getSystem()).encode())
+    write_atomically(folder / "message.txt", (message + "\n").encode())
+    write_atomically(folder / "integrator.xml", openmm.XmlSerializer.serialize(context.getIntegrator()).encode())
+    write_atomically(folder / "system.xml", openmm.XmlSerializer.serialize(context.getSystem()).encode())
     # no energy or forces: they would call the potential that has just failed
     state = context.getState(positions=True, velocities=True, parameters=True, integratorParameters=True)
-    write_bytes(folder / "state.xml", openmm.XmlSerializer.serialize(state).encode())
+    write_atomically(folder / "state.xml", openmm.XmlSerializer.serialize(state).encode())
     positions = state.getPositions(asNumpy=True)._value
     if np.isfinite(positions).all() and np.abs(positions).max() < 900:
         with open(folder / "positions.pdb", "w", encoding="utf-8") as file:

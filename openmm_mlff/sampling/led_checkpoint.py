@@ -1,28 +1,24 @@
 """a run of latent and molecular dynamics <-> one file that is always whole.
 
-A safetensors file: arrays with all their digits, and plain data (counters, random generators, what reporters have
-written) as JSON in its metadata. Nothing in it is executed when it is read.
+A file of arrays with all their digits, and plain data (counters, random generators, what reporters have written) in its
+header (see `data.files`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from openmm_mlff.data.files import read_arrays, write_arrays
 from openmm_mlff.sampling.led_dynamics import Walker
 from openmm_mlff.sampling.led_records import WARMUP
 from openmm_mlff.sampling.propagators import LatentState
-from openmm_mlff.sampling.settings import write_bytes
 
-FORMAT = "openmm-mlff LED checkpoint"
-VERSION = 1
+FORMAT = "openmm-mlff-led-checkpoint-1"
 _COUNTERS = ("frame", "rounds", "left", "since")
 
 
@@ -96,29 +92,10 @@ class LEDState:
 
 def write(path: str | Path, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Write under a temporary name and move."""
-    text = json.dumps({"version": VERSION, **facts})
-    ordered = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, save(ordered, metadata={"format": FORMAT, "facts": text}))
+    write_arrays(path, FORMAT, arrays, {"facts": dict(facts)})
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Facts and arrays.
-
-    Raises `FileNotFoundError`, or `ValueError` for a file that is damaged, no such checkpoint, or of a newer version.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {path.name} is damaged or no checkpoint ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"path: {path.name} is a safetensors file, but not a checkpoint of a LEDSimulation")
-    facts = json.loads(metadata["facts"])
-    if facts["version"] > VERSION:
-        raise ValueError(f"path: {path.name} has version {facts['version']}, this package reads up to {VERSION}")
-    return facts, arrays
+    """Facts and arrays; raises as `data.files.read_arrays` does."""
+    header, arrays = read_arrays(path, FORMAT, "a checkpoint of a LEDSimulation")
+    return header["facts"], arrays

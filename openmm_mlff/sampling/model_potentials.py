@@ -23,7 +23,7 @@ import openmm
 from openmm_mlff.analysis.distributions import jackknife_ratio
 from openmm_mlff.analysis.observables import Estimate
 from openmm_mlff.analysis.passages import Core, Ellipse, FirstPassages, PassageWatch
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 #: the thermal energy of the benchmark, and the temperature that OpenMM needs for it.

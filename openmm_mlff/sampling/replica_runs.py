@@ -32,6 +32,7 @@ import openmm
 from openmm import app, unit
 
 from openmm_mlff.analysis.observables import backbone_torsions
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces import running
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.sampling import checkpoints, guards, replica_files
@@ -41,7 +42,7 @@ from openmm_mlff.sampling.platforms import PlatformChoice
 from openmm_mlff.sampling.replica_settings import ReplicaSettings
 from openmm_mlff.sampling.replicas import ReplicaFrame, Replicas
 from openmm_mlff.sampling.reporters import ProgressBar, TrajectoryWriter
-from openmm_mlff.sampling.settings import write_bytes, write_json
+from openmm_mlff.sampling.settings import write_json
 
 FORMAT = 1
 #: seconds between two looks at Ctrl-C and the progress bar.
@@ -142,7 +143,7 @@ class ReplicaRun:
         start = replicas.checked_positions(positions)
         observables = observables or {}
         output.mkdir(parents=True, exist_ok=True)
-        write_bytes(output / "system.xml", openmm.XmlSerializer.serialize(system).encode())
+        write_atomically(output / "system.xml", openmm.XmlSerializer.serialize(system).encode())
         replica_files.write_molecule(output, topology, start[0])
         facts = _facts(replicas, settings, list(observables))
         for note in replicas.notes:
@@ -275,7 +276,7 @@ class ReplicaRun:
                         if step < total and not self._stop:
                             context = self._enter(self._checkpoint)
             if recorded and step == total:
-                write_bytes(self.output / "final_state.xml", _state_xml(context).encode())
+                write_atomically(self.output / "final_state.xml", _state_xml(context).encode())
         finally:
             for writer in (self._rows, self._frames):
                 if writer is not None:

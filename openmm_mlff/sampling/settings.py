@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from openmm_mlff.data.files import write_atomically
 
 ENSEMBLES = ("nve", "nvt", "npt")
 COMPILE = ("auto", "yes", "no")
@@ -130,22 +130,4 @@ def require_whole(name: str, value: int, least: int) -> None:
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write JSON under a temporary name and move it."""
-    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write under a temporary name, force it to disk and move it, so that the file is always whole."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())

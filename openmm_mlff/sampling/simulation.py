@@ -27,6 +27,7 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces import running
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.sampling import checkpoints, guards
@@ -34,7 +35,7 @@ from openmm_mlff.sampling.bookkeeping import MinimizationProgress, degrees_of_fr
 from openmm_mlff.sampling.checkpoints import Checkpoint, seed_for
 from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
 from openmm_mlff.sampling.reporters import ProgressBar, TableWriter, TrajectoryWriter
-from openmm_mlff.sampling.settings import RunSettings, write_bytes, write_json
+from openmm_mlff.sampling.settings import RunSettings, write_json
 from openmm_mlff.sampling.systems import build
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
@@ -130,7 +131,7 @@ class Simulation:
             "inexact": choice.inexact,
         }
         output.mkdir(parents=True, exist_ok=True)
-        write_bytes(output / "system.xml", openmm.XmlSerializer.serialize(built.system).encode())
+        write_atomically(output / "system.xml", openmm.XmlSerializer.serialize(built.system).encode())
         with open(output / "start.pdb", "w", encoding="utf-8") as file:
             app.PDBFile.writeFile(built.topology, built.positions * unit.nanometer, file, keepIds=True)
         context = openmm.Context(built.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
@@ -390,7 +391,7 @@ class Simulation:
         self._checkpoint.save(self.output / checkpoints.NAME)
 
     def _finish(self, context: openmm.Context) -> None:
-        write_bytes(self.output / "final_state.xml", _state_xml(context).encode())
+        write_atomically(self.output / "final_state.xml", _state_xml(context).encode())
         assert self._trajectory is not None
         state = context.getState(positions=True)
         positions = state.getPositions(asNumpy=True)._value

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.potentials.family import Trainer, find_family, save_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training.evaluation import compare, write_report

@@ -11,7 +11,8 @@ import numpy as np
 
 from openmm_mlff.analysis.errors import QUANTITIES, Comparison, error_tables
 from openmm_mlff.analysis.plots import plot_parity
-from openmm_mlff.data.model_file import cached, write_atomically
+from openmm_mlff.data.files import write_atomically
+from openmm_mlff.data.model_file import cached
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import find_family
 from openmm_mlff.potentials.potential import Potential

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_FORMAT = 1

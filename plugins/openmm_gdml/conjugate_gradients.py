@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openmm_gdml import preconditioners
 from openmm_gdml.operators import Operator
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 
 #: iterations after which progress is judged; too little of it enlarges the preconditioner.
 WINDOW = 100

@@ -15,23 +15,19 @@ With all frames as regressors this is the full regression. Only sums over frames
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from openmm_gdml.descriptors import INVERSE_DISTANCES, descriptor, pair_gradients, pair_indices
 from openmm_gdml.operators import matern_factors
-from openmm_mlff.data.shards import write_bytes
+from openmm_mlff.data.files import read_arrays, write_arrays
 
 FORMAT = "openmm-gdml-normal-equations-2"
-METADATA_KEY = "openmm-mlff"
 #: of the largest diagonal element, added to K_mm, which is singular for equal regressors; ten times more if need be
 JITTER = 1e-14
 
@@ -177,19 +173,17 @@ class NormalEquations:
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Store the sums; `fingerprint` says of which data and settings."""
-        tensors = {"gram": self.gram, "moment": self.moment}
-        header = {"format": FORMAT, "fingerprint": fingerprint, "frames": self.frames}
-        write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+        header = {"fingerprint": fingerprint, "frames": self.frames}
+        write_arrays(path, FORMAT, {"gram": self.gram, "moment": self.moment}, header)
 
     def load(self, path: Path, fingerprint: str) -> bool:
         """Take up stored sums; False if there are none. Raises `ValueError` if they are of other data or settings."""
         if not path.is_file():
             return False
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if header.get("format") != FORMAT or header["fingerprint"] != fingerprint:
-                raise ValueError(f"folder: {path.name} belongs to other frames or settings; choose another folder")
-            self.gram, self.moment = file.get_tensor("gram"), file.get_tensor("moment")
+        header, tensors = read_arrays(path, FORMAT, "sums over frames")
+        if header["fingerprint"] != fingerprint:
+            raise ValueError(f"folder: {path.name} belongs to other frames or settings; choose another folder")
+        self.gram, self.moment = tensors["gram"], tensors["moment"]
         self.frames = int(header["frames"])
         return True
 

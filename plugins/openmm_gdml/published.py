@@ -18,7 +18,7 @@ import torch
 
 from openmm_gdml.descriptors import INVERSE_DISTANCES, pair_permutations
 from openmm_gdml.model import GDMLPotential
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.units import ANGSTROM_PER_BOHR, EV_PER_HARTREE, EV_PER_KCAL_PER_MOL, KJ_PER_MOL_PER_EV
 
 logger = logging.getLogger(__name__)

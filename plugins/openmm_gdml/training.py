@@ -30,7 +30,7 @@ from openmm_gdml.descriptors import INVERSE_DISTANCES, Descriptor, descriptor, g
 from openmm_gdml.model import GDMLPotential
 from openmm_gdml.operators import KernelOperator
 from openmm_gdml.training_set import TrainingSet, energies_fit
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential, save_potential
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from openmm_led.command_train import Molecule, read_model, read_molecule, write_solute
 from openmm_led.latent_run import LatentRun
 from openmm_led.trajectories import read_trajectories
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.implicit_solvent import use_native_obc2

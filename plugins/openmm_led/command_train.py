@@ -22,7 +22,7 @@ from openmm_led.training import LEDLearner
 from openmm_led.trajectories import Trajectories, check_separate, describe, read_trajectories
 from openmm_mlff._plugins import near
 from openmm_mlff.cli._training_options import set_options
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 from openmm_mlff.sampling.back_mapping import solute_topology
 from openmm_mlff.sampling.led_setup import find_solute
 from openmm_mlff.sampling.propagators import Propagator, load_propagator

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from openmm_led.comparison import Comparison, Kinetics
-from openmm_mlff.data.model_file import write_atomically
+from openmm_mlff.data.files import write_atomically
 
 REPORT = "report.json"
 

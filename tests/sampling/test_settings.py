@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from openmm_mlff.sampling.settings import RunSettings, write_bytes, write_json
+from openmm_mlff.data.files import write_atomically
+from openmm_mlff.sampling.settings import RunSettings, write_json
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     with pytest.raises(TypeError):
-        write_bytes(path, "text")  # type: ignore[arg-type]
+        write_atomically(path, "text")  # type: ignore[arg-type]
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
     # as readable as a file that is written the ordinary way
