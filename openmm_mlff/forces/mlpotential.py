@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,24 @@ from openmmml.mlpotential import MLPotentialImpl
 
 from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.forces.arguments import (
+    CONSTRUCTOR_OPTIONS,
+    EMBEDDING_OPTIONS,
+    OPTIONS,
+    atom_list,
+    atomic_numbers,
+    check_compile,
+    check_device,
+    check_precision,
+    check_threads,
+    force_limit,
+    length,
+    refuse_unknown,
+    warn_of_immobile,
+    warn_unknown,
+)
 from openmm_mlff.forces.python_force import (
     DEFAULT_MAX_FORCE,
-    PRECISIONS,
     ForceComputation,
     ForceSpec,
     load_model,
@@ -27,37 +40,6 @@ from openmm_mlff.forces.python_force import (
 from openmm_mlff.potentials import family as families
 from openmm_mlff.potentials.family import Family
 from openmm_mlff.potentials.potential import Potential
-from openmm_mlff.units import ANGSTROM_PER_NM
-
-#: keywords of createSystem and createMixedSystem
-OPTIONS = ("charge", "multiplicity", "precision", "device", "longRangeCutoff", "compile", "maxForce", "threads")
-#: keywords of MLPotential
-CONSTRUCTOR_OPTIONS = ("modelPath", "model", "sha256")
-#: keywords that openmm-ml's embeddings pass through
-EMBEDDING_OPTIONS = ("mlLongRange", "linkAtomDistances")
-#: what people write instead, in lower case without underscores
-SYNONYMS = {
-    "spin": "multiplicity",
-    "totalspin": "multiplicity",
-    "spinmultiplicity": "multiplicity",
-    "magmom": "multiplicity",
-    "unpaired": "multiplicity",
-    "uhf": "multiplicity",
-    "mult": "multiplicity",
-    "totalcharge": "charge",
-    "netcharge": "charge",
-    "q": "charge",
-    "dtype": "precision",
-    "cutoff": "longRangeCutoff",
-    "lrcutoff": "longRangeCutoff",
-    "coulombcutoff": "longRangeCutoff",
-    "torchcompile": "compile",
-    "numthreads": "threads",
-    "forcelimit": "maxForce",
-    "path": "modelPath",
-    "file": "modelPath",
-    "checkpoint": "modelPath",
-}
 
 
 class MLFFPotentialImpl(MLPotentialImpl):
@@ -75,7 +57,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
     def __init__(self, name: str, family: Family, args: dict[str, Any]) -> None:
         self.name = name
         self.family = family
-        _refuse_unknown(args, CONSTRUCTOR_OPTIONS, f"MLPotential({name!r}, ...)", elsewhere=OPTIONS)
+        refuse_unknown(args, CONSTRUCTOR_OPTIONS, f"MLPotential({name!r}, ...)", elsewhere=OPTIONS)
         model = args.get("model")
         if model is not None:
             self._path, self._sha256 = None, self._store(model, args)
@@ -162,12 +144,12 @@ class MLFFPotentialImpl(MLPotentialImpl):
         Raises `ValueError` or `TypeError` naming the argument.
         """
         if atoms is None:
-            _refuse_unknown(rest, OPTIONS, "createSystem", elsewhere=CONSTRUCTOR_OPTIONS)
+            refuse_unknown(rest, OPTIONS, "createSystem", elsewhere=CONSTRUCTOR_OPTIONS)
         else:
-            _warn_unknown({k: v for k, v in rest.items() if k not in EMBEDDING_OPTIONS})
-        chosen = _atom_list(topology, atoms)
+            warn_unknown({k: v for k, v in rest.items() if k not in EMBEDDING_OPTIONS})
+        chosen = atom_list(topology, atoms)
         model = load_model(self._sha256, self.family.name, self._path, device="cpu")
-        numbers = _atomic_numbers(topology, chosen, model)
+        numbers = atomic_numbers(topology, chosen, model)
         model.check_electrons(numbers, charge, multiplicity)
         # openmm-ml hands over an empty system when it interpolates, so the topology is asked first
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
@@ -179,18 +161,18 @@ class MLFFPotentialImpl(MLPotentialImpl):
             atoms=None if atoms is None else tuple(chosen),
             charge=int(charge),
             multiplicity=int(multiplicity),
-            precision=_check_precision(precision),
-            device=_check_device(device),
-            long_range_cutoff=_length(longRangeCutoff) if longRangeCutoff is not None else self._own_cutoff,
+            precision=check_precision(precision),
+            device=check_device(device),
+            long_range_cutoff=length(longRangeCutoff) if longRangeCutoff is not None else self._own_cutoff,
             region="open" if not periodic else "periodic" if atoms is None else "wrapped",
-            compile=_check_compile(compile),
-            max_force=_force_limit(maxForce),
-            threads=_check_threads(threads),
+            compile=check_compile(compile),
+            max_force=force_limit(maxForce),
+            threads=check_threads(threads),
         )
         computation = ForceComputation(spec)
         self._check_model(computation, topology)
         system.addForce(make_force(computation, None if atoms is None else chosen, periodic, forceGroup))
-        _warn_of_immobile(topology, system, chosen)
+        warn_of_immobile(topology, system, chosen)
         # an empty system means interpolation: the MM bonds stay there and keep the molecules
         if periodic and system.getNumParticles():
             _keep_molecules(topology, system, chosen, forceGroup)
@@ -214,155 +196,6 @@ class MLFFPotentialImpl(MLPotentialImpl):
                 "to zero smoothly; expected a length such as longRangeCutoff=1.0 (nm), got None. For an isolated "
                 "molecule, remove the box with topology.setPeriodicBoxVectors(None)"
             )
-
-
-# -- arguments ---------------------------------------------------------------------------------------------------
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """The keyword that was probably meant, or None."""
-    plain = name.lower().replace("_", "")
-    by_plain = {k.lower(): k for k in known}
-    meant = SYNONYMS.get(plain)
-    if meant is not None:
-        return meant if meant in by_plain.values() else None
-    if plain in by_plain:
-        return by_plain[plain]
-    import difflib
-
-    close = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.75)
-    return by_plain[close[0]] if close else None
-
-
-def _refuse_unknown(given: Iterable[str], known: tuple[str, ...], where: str, elsewhere: tuple[str, ...]) -> None:
-    for name in given:
-        if name in known:
-            continue
-        if name in elsewhere:
-            right = "createSystem or createMixedSystem" if elsewhere is OPTIONS else f"MLPotential({name}=...)"
-            raise TypeError(f"{name}: not a keyword of {where}; pass it to {right}")
-        meant = _nearest(name, (*known, *elsewhere))
-        hint = f"did you mean {_explain(meant)}?" if meant else f"known keywords: {', '.join(known)}"
-        raise TypeError(f"{name}: not a keyword of {where}; {hint}")
-
-
-def _warn_unknown(given: dict[str, Any]) -> None:
-    """In a mixed system the embedding's keywords come along: only near misses of ours are surely mistakes."""
-    for name in given:
-        meant = _nearest(name, (*OPTIONS, *CONSTRUCTOR_OPTIONS))
-        if meant is not None:
-            raise TypeError(f"{name}: not a keyword of createMixedSystem; did you mean {_explain(meant)}?")
-        warnings.warn(f"{name}: not a keyword of the ML potential; left to the embedding", stacklevel=5)
-
-
-def _explain(keyword: str) -> str:
-    if keyword == "multiplicity":
-        return "'multiplicity' (2S+1: 1 singlet, 2 doublet, ...)"
-    return f"MLPotential({keyword}=...)" if keyword in CONSTRUCTOR_OPTIONS else repr(keyword)
-
-
-def _atom_list(topology: openmm.app.Topology, atoms: Iterable[int] | None) -> list[int]:
-    n = topology.getNumAtoms()
-    if atoms is None:
-        chosen = list(range(n))
-    else:
-        chosen = []
-        for i in atoms:
-            if isinstance(i, (bool, np.bool_)) or int(i) != i:
-                raise ValueError(f"atoms: expected whole numbers, got {i!r}")
-            if not 0 <= i < n:
-                raise ValueError(f"atoms: expected indices from 0 to {n - 1}, got {int(i)}")
-            chosen.append(int(i))
-    if not chosen:
-        raise ValueError("atoms: expected at least one atom, got none")
-    if len(set(chosen)) != len(chosen):
-        repeated = next(i for k, i in enumerate(chosen) if i in chosen[:k])
-        raise ValueError(f"atoms: expected every index once, got {repeated} more than once")
-    return chosen
-
-
-def _atomic_numbers(topology: openmm.app.Topology, chosen: list[int], model: Potential) -> list[int]:
-    """Atomic numbers by element; of a coarse-grained model's beads by their names."""
-    every = list(topology.atoms())
-    atoms = [every[i] for i in chosen]
-    names = tuple(atom.name for atom in atoms)
-    if model.beads is not None and names == model.beads:
-        return list(model.bead_numbers)
-    for i, atom in zip(chosen, atoms, strict=True):
-        if atom.element is None:
-            if model.beads is not None:
-                raise ValueError(
-                    f"beads: expected {' '.join(model.beads)} in this order, got {' '.join(names)} (atom {i} has no "
-                    "element, so that only its name could tell what it is)"
-                )
-            raise ValueError(f"elements: expected an element for every ML atom, got none for atom {i}")
-    return [atom.element.atomic_number for atom in atoms]
-
-
-def _warn_of_immobile(topology: openmm.app.Topology, system: openmm.System, chosen: list[int]) -> None:
-    """Beads without elements get no mass from openmm-ml, and OpenMM does not move what has none."""
-    elements = [atom.element for atom in topology.atoms()]
-    still = [
-        i
-        for i in chosen
-        if elements[i] is None and i < system.getNumParticles() and system.getParticleMass(i)._value == 0
-    ]
-    if still:
-        warnings.warn(
-            f"masses: beads {still} have no element and so no mass; OpenMM will not move them until "
-            "system.setParticleMass(index, mass) gives them one",
-            stacklevel=4,
-        )
-
-
-def _check_precision(precision: Any) -> str | None:
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision: expected 'single', 'double' or None, got {precision!r}")
-    return precision
-
-
-def _check_device(device: Any) -> str | None:
-    if device is None:
-        return None
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device: expected a name such as 'cpu' or 'cuda:0', or None, got {type(device).__name__}")
-    try:
-        name = str(torch.device(device))
-        torch.zeros(1, device=name)
-    except Exception as error:
-        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"device: expected one of {', '.join(known)}, or None, got {str(device)!r} ({why})") from None
-    return name
-
-
-def _check_compile(value: Any) -> bool | str:
-    if value is True or value is False or value == "auto":
-        return value
-    raise ValueError(f"compile: expected 'auto', True or False, got {value!r}")
-
-
-def _check_threads(threads: Any) -> int | None:
-    if threads is not None and (isinstance(threads, bool) or int(threads) != threads or threads < 1):
-        raise ValueError(f"threads: expected a whole number >= 1 or None, got {threads!r}")
-    return None if threads is None else int(threads)
-
-
-def _length(value: Any) -> float:
-    """angstrom"""
-    nanometers = value.value_in_unit(unit.nanometer) if unit.is_quantity(value) else float(value)
-    if not (math.isfinite(nanometers) and nanometers > 0):
-        raise ValueError(f"longRangeCutoff: expected a positive length (nm or a Quantity), got {value}")
-    return nanometers * ANGSTROM_PER_NM
-
-
-def _force_limit(value: Any) -> float | None:
-    if value is None:
-        return None
-    limit = value.value_in_unit(unit.kilojoule_per_mole / unit.nanometer) if unit.is_quantity(value) else float(value)
-    if not limit > 0:
-        raise ValueError(f"maxForce: expected a positive force (kJ/mol/nm or a Quantity) or None, got {value}")
-    return limit if math.isfinite(limit) else None
 
 
 def _fetched(model: families.PublishedModel) -> Path:
