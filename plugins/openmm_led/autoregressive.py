@@ -64,7 +64,7 @@ class Autoregressive(Density):
         angle = 2 * math.pi * t / self.period[self.torsion_index]
         return torch.stack([angle.sin(), angle.cos()], -1)
 
-    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
         t = y[:, self.torsion_index]
         circle, total = self._circle(t), torch.zeros_like(h[:, 0])
         for i, (hidden, head) in enumerate(zip(self.hidden, self.heads, strict=True)):

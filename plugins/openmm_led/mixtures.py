@@ -10,8 +10,10 @@ where a tensor library spends tens (one walker, one frame).
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ def wrapped(residual: Tensor, period: Tensor) -> Tensor:
     return residual - torch.where(turns == 0, torch.zeros_like(turns), turns * period)
 
 
-class Density(nn.Module):
+class Density(nn.Module, abc.ABC):
     """What all mixtures share. Attributes: n_in, n_out; period ``(n_out,)``, in scaled units, infinite off circles."""
 
     period: Tensor
@@ -42,21 +44,13 @@ class Density(nn.Module):
         """Take periods that became known with the data."""
         self.period.copy_(period)
 
-    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
-        """Negative logarithm of the density of y ``(n, n_out)`` given h ``(n, n_in)``, ``(n,)`` nats.
+    @abc.abstractmethod
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
+        """Negative logarithm of the density of y ``(n, n_out)`` given h ``(n, n_in)``, ``(n,)`` nats."""
 
-        Args:
-            origin: ``(n, n_out)``, added to the centres of all kernels.
-        """
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def sampler(self) -> Sampler:
         """Draws y for h with the parameters of this moment."""
-        raise NotImplementedError
-
-    def moments(self, h: Tensor) -> Tensor:
-        """Mean of the mixture ``(n, n_out)``, meaningful off circles."""
-        raise NotImplementedError
 
 
 class JointMixture(Density):
@@ -66,13 +60,20 @@ class JointMixture(Density):
     function of them, so that coordinates that share a bond are drawn together.
 
     Args:
-        coupling: "constant" (A is a parameter of each kernel), "input" (A depends on h too) or "none" (A = 1).
+        coupling: "constant" (A is a parameter of each kernel) or "input" (A depends on h too).
     """
 
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, n_in: int, period: Tensor, kernels: int, floor: float, coupling: str = "constant") -> None:
+    def __init__(
+        self,
+        n_in: int,
+        period: Tensor,
+        kernels: int,
+        floor: float,
+        coupling: Literal["constant", "input"] = "constant",
+    ) -> None:
         super().__init__(n_in, period)
         self.kernels, self.floor, self.coupling = kernels, floor, coupling
         d = self.n_out
@@ -103,6 +104,11 @@ class JointMixture(Density):
         return a
 
     def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+        """As `Density.nll`.
+
+        Args:
+            origin: ``(n, n_out)``, added to the centres of all kernels.
+        """
         logw, m, sigma, low = self.parts(h)
         if origin is not None:
             m = m + origin[:, None]
@@ -110,21 +116,17 @@ class JointMixture(Density):
         e = u
         if low is not None:
             e = u + torch.einsum("nkij,nkj->nki", self._matrix(low), u)
-        elif self.coupling == "constant" and self.n_out > 1:
+        elif self.n_out > 1:
             e = u + torch.einsum("kij,nkj->nki", self._matrix(self.low), u)
         logp = -0.5 * e.square().sum(-1) - sigma.log().sum(-1) - 0.5 * self.n_out * math.log(2 * math.pi)
         return -torch.logsumexp(logw + logp, -1)
-
-    def moments(self, h: Tensor) -> Tensor:
-        logw, m, _, _ = self.parts(h)
-        return torch.einsum("nk,nkd->nd", logw.exp(), m)
 
     def sampler(self) -> JointSampler:
         return JointSampler(self)
 
 
 class JointSampler:
-    """Draws from a `JointMixture` by its parameters at the time of making; `kernel` and `within` are its two halves."""
+    """Draws from a `JointMixture` by its parameters at the time of making."""
 
     def __init__(self, mixture: JointMixture) -> None:
         k, d, n_low = mixture.kernels, mixture.n_out, mixture.n_low
@@ -144,14 +146,7 @@ class JointSampler:
             self._inverse = np.linalg.inv(np.eye(d) + low).astype(weight.dtype).transpose(0, 2, 1).copy()
 
     def __call__(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        return self.within(h, self.kernel(h, random), random)
-
-    def kernel(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A kernel for each row of h, ``(n,)``."""
-        return pick(h @ self._weight + self._bias, random)
-
-    def within(self, h: np.ndarray, kernel: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A sample of each row's kernel, ``(n, n_out)``."""
+        kernel = pick(h @ self._weight + self._bias, random)
         e = random.standard_normal((len(h), self.n_out), dtype=np.float32)
         d = self.n_out
         if len(h) == 1:
@@ -215,17 +210,12 @@ class DiagonalMixture(Density):
             self.head.bias.zero_()
             self.head.bias.view(3, -1)[1] = 0.5 * torch.randn(self.n_out * kernels)
 
-    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
         w, m, s = self.head(h).view(-1, 3, self.n_out, self.kernels).unbind(1)
         sigma = self.floor + F.softplus(s)
-        centre = m if origin is None else m + origin[..., None]
-        r = wrapped(y[..., None] - centre, self.period[:, None]) / sigma
+        r = wrapped(y[..., None] - m, self.period[:, None]) / sigma
         logp = -0.5 * r.square() - sigma.log() - 0.5 * math.log(2 * math.pi)
         return -torch.logsumexp(F.log_softmax(w, -1) + logp, -1).sum(-1)
-
-    def moments(self, h: Tensor) -> Tensor:
-        w, m, _ = self.head(h).view(-1, 3, self.n_out, self.kernels).unbind(1)
-        return (w.softmax(-1) * m).sum(-1)
 
     def sampler(self) -> Sampler:
         weight, bias = self.head.weight.detach().cpu().numpy().T.copy(), self.head.bias.detach().cpu().numpy()
@@ -282,7 +272,7 @@ class FixedKernels(Density):
         for p in (self.prior, self.centre, self.width, self.low):
             p.requires_grad_(False)
 
-    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
         weights = self.prior.expand(len(y), *self.prior.shape) if self.unconditional else self.head(h)
         logw = F.log_softmax(weights.reshape(len(y), *self.prior.shape), -1)
         if self.joint:

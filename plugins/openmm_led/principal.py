@@ -86,8 +86,8 @@ class Principal(Density):
     def _log_weights(self, h: Tensor) -> Tensor:
         return torch.log_softmax(-0.5 * torch.cdist(h, self.places).square() / self.reach**2, -1)
 
-    def nll(self, h: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
-        mean = self.head(h) if origin is None else self.head(h) + origin
+    def nll(self, h: Tensor, y: Tensor) -> Tensor:
+        mean = self.head(h)
         constant = 0.5 * self.n_out * math.log(2 * math.pi)
         if not bool(self.settled):
             return 0.5 * wrapped(y - mean, self.period).square().sum(-1) + constant
@@ -102,9 +102,6 @@ class Principal(Density):
         """Logarithms ``(n, kernels)`` of the kernels without their constant, at residuals ``(n, n_out)``."""
         r = wrapped(residual[:, None] - self._shrink * self.residuals, self.period)
         return -0.5 * (r @ inverse).square().sum(-1)
-
-    def moments(self, h: Tensor) -> Tensor:
-        return self.head(h) + self._shrink * self._log_weights(h).exp() @ self.residuals
 
     def sampler(self) -> Sampler:
         weight, bias, axes, residuals, places = (

@@ -223,14 +223,6 @@ class Stepper:
         w = np.exp(raw[:, :k] - raw[:, :k].max(-1, keepdims=True))
         return np.einsum("nk,nkd->nd", w / w.sum(-1, keepdims=True), raw[:, k:].reshape(-1, k, d))
 
-    def step(self, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A sample of the next z, and the memory that goes with it.
-
-        `memory` has seen everything before z, z not yet.
-        """
-        after = self.remember(z, memory)
-        return z + self.draw(self.features(z, after), random), after
-
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(0.5 * x)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from openmm_led import LED, Features
+from openmm_led.autoencoder import Autoencoder, Shapes
 from openmm_led.config import LEDConfig
 from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN, Stepper
 
@@ -23,7 +25,8 @@ def test_numpy_memory_is_that_of_torch(cell: str, layers: int) -> None:
     with torch.no_grad():
         out, after = rnn.remember(z, rnn.blank(4))
         features = torch.tanh(rnn.trunk(torch.cat([out[:, -1], z[:, -1]], -1)))
-        mean = rnn.density.moments(features)
+        logw, centres, _, _ = rnn.density.parts(features)
+        mean = (logw.exp()[..., None] * centres).sum(1)
     memory = stepper.blank(4)
     for k in range(7):
         memory = stepper.remember(z[:, k].numpy(), memory)
@@ -35,14 +38,18 @@ def test_numpy_memory_is_that_of_torch(cell: str, layers: int) -> None:
 
 
 def test_a_step_adds_a_sample_of_the_mixture_to_where_the_walker_is() -> None:
-    rnn = network("gru")
-    stepper = Stepper(rnn)
+    config = LEDConfig(latent_dim=2, hidden=6, kernels=3, floor=0.05)
+    torch.manual_seed(0)
+    features, rnn = Features.raw(2), LatentRNN(config)
+    model = LED(config, features, Autoencoder(config, Shapes.of(features)), [rnn], interval=1.0)
     z = np.tile(np.array([[0.4, -0.7]], np.float32), (20_000, 1))
-    memory = stepper.remember(z - 0.1, stepper.blank(len(z)))
-    later, after = stepper.step(z, memory, np.random.default_rng(0))
-    np.testing.assert_allclose(after, stepper.remember(z, memory), atol=1e-6)
-    expected = z[0] + stepper.mean(stepper.features(z[:1], after[:1]))[0]
-    np.testing.assert_allclose(later.mean(0), expected, atol=4 * later.std(0).max() / np.sqrt(len(z)))
+    begin = model.start(np.stack([z - 0.1, z], axis=1))
+    after = model.step(begin, np.random.default_rng(0))
+    stepper = Stepper(rnn)
+    memory = stepper.remember(z, stepper.remember(z - 0.1, stepper.blank(len(z))))
+    np.testing.assert_allclose(after.memory["memory_0"], memory, atol=1e-6)
+    expected = z[0] + stepper.mean(stepper.features(z[:1], memory[:1]))[0]
+    np.testing.assert_allclose(after.z.mean(0), expected, atol=4 * after.z.std(0).max() / np.sqrt(len(z)))
 
 
 def lengths_and_runs() -> list[np.ndarray]:
