@@ -29,8 +29,6 @@ FAMILY = "led"
 BATCH = 4096
 #: draws of a step that should stay in its region
 TRIALS = 10
-#: arrays of `Support` in the model file
-_SUPPORT = ("points", "cells", "regions", "pairs", "accept", "extra")
 
 
 class LED(Propagator):
@@ -165,7 +163,7 @@ class LED(Propagator):
     def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
         later = z + stepper.draw(stepper.features(z, memory), random)
         if self.confined and self.support is not None and self.support.confines:
-            regions = self.support.region(np.concatenate([z, later]))
+            regions = self.support.regions.region(np.concatenate([z, later]))
             before, after = regions[: len(z)], regions[len(z) :]
             astray = np.flatnonzero(before == 0)
             if len(astray):
@@ -198,7 +196,7 @@ class LED(Propagator):
             if not len(left):
                 break
             drawn = z[left] + stepper.draw(stepper.features(z[left], memory[left]), random)
-            good = self.support.region(drawn) == region[left]
+            good = self.support.regions.region(drawn) == region[left]
             later[left[good]] = drawn[good]
             left = left[~good]
         return later
@@ -235,7 +233,9 @@ class LED(Propagator):
                 "interval": self.interval,
                 "temperature": self.temperature,
                 "support": (
-                    None if self.support is None else [self.support.distance, self.support.spread, self.support.width]
+                    None
+                    if self.support is None
+                    else [self.support.distance, self.support.spread, self.support.regions.width]
                 ),
             },
             "units": {"length": "nm", "time": "ps", "angle": "rad"},
@@ -248,8 +248,7 @@ class LED(Propagator):
         for i, rnn in enumerate(self.rnns):
             found |= {f"rnn_{i}.{k}": v for k, v in rnn.state_dict().items()}
         if self.support is not None:
-            for name in _SUPPORT:
-                found[f"support.{name}"] = torch.as_tensor(getattr(self.support, name))
+            found |= {f"support.{name}": torch.as_tensor(value) for name, value in self.support.arrays().items()}
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -274,9 +273,9 @@ class LED(Propagator):
             ) from error
         support = None
         if stored.get("support") is not None:
-            arrays = {name: tensors[f"support.{name}"].numpy() for name in _SUPPORT}
+            arrays = {name: value.numpy() for name, value in _part(tensors, "support.").items()}
             distance, spread, width = stored["support"]
-            support = Support(**arrays, distance=distance, spread=spread, width=width)
+            support = Support.from_arrays(arrays, distance, spread, width)
         details = {k: card[k] for k in model_file.CARD_FIELDS if k in card}
         return cls(
             config, features, autoencoder, rnns, interval=stored["interval"], temperature=stored["temperature"],

@@ -11,7 +11,7 @@ observed, and as often as in the training data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,15 +31,49 @@ _WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6)
 
 
 @dataclass(frozen=True, eq=False)
+class Regions:
+    """Cells of the slowest latent coordinates, and the regions that they make up.
+
+    Attributes:
+        width: of the cells. cells: ``(n_cells, slow)`` int. numbers: ``(n_cells,)``, the region of each, from 1.
+    """
+
+    width: float
+    cells: np.ndarray
+    numbers: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Largest number of a region, 0 if there is none."""
+        return int(self.numbers.max(initial=0))
+
+    @cached_property
+    def _map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers on a flat grid with a margin of empty cells; its lowest cell, last index, stride per dimension."""
+        low = self.cells.min(0) - 1
+        grid = np.zeros(np.ptp(self.cells, axis=0) + 3, np.int32)
+        grid[tuple((self.cells - low).T)] = self.numbers
+        stride = np.array(grid.strides) // grid.itemsize
+        return grid.ravel(), low.astype(np.float64), np.array(grid.shape) - 1.0, stride.astype(np.float64)
+
+    def region(self, z: np.ndarray) -> np.ndarray:
+        """The region of points ``(n, latent_dim)``, ``(n,)``; 0 outside of all."""
+        if not len(self.cells):
+            return np.zeros(len(z), np.int32)
+        grid, low, last, stride = self._map
+        cell = np.floor(z[:, : len(low)] / self.width) - low
+        return grid[(np.minimum(np.maximum(cell, 0.0), last) @ stride).astype(np.int64)]
+
+
+@dataclass(frozen=True, eq=False)
 class Support:
     """The training data in latent space.
 
     Attributes:
         points: ``(m, latent_dim)``. distance: to the `NEIGHBOURS`-th nearest point; the largest one of any validation
             frame. spread: of the members' predictions, likewise; infinite with one member.
-        width: of the cells. cells: ``(n_cells, slow)`` int, those with enough frames, and ``regions`` ``(n_cells,)``,
-            the region of each, from 1. pairs: ``(p, 2, latent_dim)``, observed transitions: those out of, into, outside
-            of or between regions, and a sample of the others.
+        regions: between which the propagator's steps are watched. pairs: ``(p, 2, latent_dim)``, observed transitions:
+            those out of, into, outside of or between regions, and a sample of the others.
         accept: ``(n_regions + 1, n_regions + 1)``, the probability to accept a step of the propagator from one region
             to another (0 is the space outside): how many there are in the training data, over how many the propagator
             would make in the same places, at most 1. extra: likewise, the probability per step of a transition that the
@@ -49,12 +83,27 @@ class Support:
     points: np.ndarray
     distance: float
     spread: float
-    width: float
-    cells: np.ndarray
-    regions: np.ndarray
+    regions: Regions
     pairs: np.ndarray
     accept: np.ndarray
     extra: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` needs beside distance, spread and width of the cells, by the names in the model file."""
+        return {
+            "points": self.points,
+            "cells": self.regions.cells,
+            "regions": self.regions.numbers,
+            "pairs": self.pairs,
+            "accept": self.accept,
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], distance: float, spread: float, width: float) -> Support:
+        """The inverse of `arrays`; raises `KeyError` if one is missing."""
+        regions = Regions(width, arrays["cells"], arrays["regions"])
+        return cls(arrays["points"], distance, spread, regions, arrays["pairs"], arrays["accept"], arrays["extra"])
 
     @cached_property
     def _tree(self) -> Any:
@@ -65,21 +114,6 @@ class Support:
     def far(self, z: np.ndarray) -> np.ndarray:
         """Distance to the `NEIGHBOURS`-th nearest point, ``(n,)``."""
         return self._tree.query(z, k=NEIGHBOURS)[0][:, -1]
-
-    @cached_property
-    def _map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Regions on a flat grid with a margin of empty cells; its lowest cell, last index, stride per dimension."""
-        low = self.cells.min(0) - 1
-        grid = np.zeros(np.ptp(self.cells, axis=0) + 3, np.int32)
-        grid[tuple((self.cells - low).T)] = self.regions
-        stride = np.array(grid.strides) // grid.itemsize
-        return grid.ravel(), low.astype(np.float64), np.array(grid.shape) - 1.0, stride.astype(np.float64)
-
-    def region(self, z: np.ndarray) -> np.ndarray:
-        """The region of points ``(n, latent_dim)``, ``(n,)``; 0 outside of all."""
-        grid, low, last, stride = self._map
-        cell = np.floor(z[:, : len(low)] / self.width) - low
-        return grid[(np.minimum(np.maximum(cell, 0.0), last) @ stride).astype(np.int64)]
 
     @property
     def confines(self) -> bool:
@@ -96,7 +130,7 @@ class Support:
         """The transitions that begin outside of all regions (all, if there are none), as a tree of their beginnings."""
         from scipy.spatial import cKDTree
 
-        outside = self.pairs[self.region(self.pairs[:, 0]) == 0]
+        outside = self.pairs[self.regions.region(self.pairs[:, 0]) == 0]
         pairs = outside if len(outside) else self.pairs
         return cKDTree(pairs[:, 0]), pairs
 
@@ -111,7 +145,7 @@ class Support:
     @cached_property
     def _ends(self) -> dict[tuple[int, int], np.ndarray]:
         """Ends of the observed transitions between regions, by the regions."""
-        before, after = self.region(self.pairs[:, 0]), self.region(self.pairs[:, 1])
+        before, after = self.regions.region(self.pairs[:, 0]), self.regions.region(self.pairs[:, 1])
         found = {}
         for i, j in {*zip(before.tolist(), after.tolist(), strict=True)}:
             if i != j:
@@ -137,28 +171,41 @@ def build(train: Sequence[np.ndarray], valid: np.ndarray, *, n_points: int, seed
     random = np.random.default_rng([seed, 2])
     points = choose_points(everything, n_points, random)
     for width in _WIDTHS:
-        cells, regions = _regions(everything, width)
-        every = np.ones((int(regions.max(initial=0)) + 1,) * 2)
-        found = Support(
-            points, np.inf, np.inf, width, cells, regions, everything[:1, None].repeat(2, 1), every, 0 * every
-        )
-        if len(cells) and (found.region(valid) > 0).mean() >= share:
+        found = _cut(everything, width)
+        if (found.region(valid) > 0).mean() >= share:
             break
     regions = _states(found, train)
-    found = Support(points, np.inf, np.inf, width, cells[regions > 0], regions[regions > 0], found.pairs, every, every)
     pairs = np.concatenate([np.stack([z[:-1], z[1:]], axis=1) for z in train])
-    before, after = found.region(pairs[:, 0]), found.region(pairs[:, 1])
+    before, after = regions.region(pairs[:, 0]), regions.region(pairs[:, 1])
     special = (before != after) | (after == 0)
     ordinary = pairs[~special]
     some = ordinary[np.sort(random.choice(len(ordinary), min(len(ordinary), n_points // 4), replace=False))]
-    every = np.ones((int(found.regions.max(initial=0)) + 1,) * 2)
-    kept = np.concatenate([pairs[special], some])
-    return Support(points, np.inf, np.inf, width, found.cells, found.regions, kept, every, 0 * every)
+    every = np.ones((regions.count + 1,) * 2)
+    return Support(points, np.inf, np.inf, regions, np.concatenate([pairs[special], some]), every, 0 * every)
 
 
-def _states(found: Support, train: Sequence[np.ndarray]) -> np.ndarray:
-    """Regions renumbered: those with few frames are none (0), those that exchanged often are one, ``(n_cells,)``."""
-    n = int(found.regions.max(initial=0)) + 1
+def _cut(z: np.ndarray, width: float) -> Regions:
+    """Cells with enough frames, which are one region where they touch one another (corners count), and the others that
+    touch just one of these regions."""
+    from scipy.ndimage import label, maximum_filter, minimum_filter
+
+    slow = min(SLOW, z.shape[1])
+    cells, counts = np.unique(np.floor(z[:, :slow] / width).astype(np.int64), axis=0, return_counts=True)
+    if not (counts >= ENOUGH).any():
+        return Regions(width, cells[:0], np.empty(0, np.int32))
+    at = tuple((cells - cells.min(0)).T)
+    dense = np.zeros(np.ptp(cells, axis=0) + 1, bool)
+    dense[at] = counts >= ENOUGH
+    labels, n = label(dense, structure=np.ones((3,) * slow))
+    highest = maximum_filter(labels, 3, mode="constant")
+    lowest = minimum_filter(np.where(labels > 0, labels, n + 1), 3, mode="constant", cval=n + 1)
+    grown = np.where(labels > 0, labels, np.where(highest == lowest, highest, 0))[at]
+    return Regions(width, cells[grown > 0], grown[grown > 0].astype(np.int32))
+
+
+def _states(found: Regions, train: Sequence[np.ndarray]) -> Regions:
+    """Those with few frames left out, those that exchanged often made one."""
+    n = found.count + 1
     labels = [found.region(z) for z in train]
     share = np.bincount(np.concatenate(labels), minlength=n) / sum(len(x) for x in labels)
     large = share >= STATE
@@ -172,8 +219,8 @@ def _states(found: Support, train: Sequence[np.ndarray]) -> np.ndarray:
     for i, j in np.argwhere(np.triu(passages, 1) >= OFTEN):
         group[group == group[j]] = group[i]
     names = {g: k + 1 for k, g in enumerate(sorted({int(group[i]) for i in np.flatnonzero(large)}))}
-    new = np.array([names[int(group[i])] if large[i] else 0 for i in range(n)], dtype=np.int32)
-    return new[found.regions]
+    new = np.array([names[int(group[i])] if large[i] else 0 for i in range(n)], dtype=np.int32)[found.numbers]
+    return Regions(found.width, found.cells[new > 0], new[new > 0])
 
 
 def calibration(observed: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,25 +235,6 @@ def calibration(observed: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray,
         values[np.diag_indices(len(values))] = inside
         values[0] = inside
     return np.minimum(ratio, 1.0), extra
-
-
-def _regions(z: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Occupied cells and their regions: cells with enough frames that touch one another (corners count), and the others
-    that touch just one of these regions."""
-    from scipy.ndimage import label, maximum_filter, minimum_filter
-
-    slow = min(SLOW, z.shape[1])
-    cells, counts = np.unique(np.floor(z[:, :slow] / width).astype(np.int64), axis=0, return_counts=True)
-    if not (counts >= ENOUGH).any():
-        return cells[:0], np.empty(0, np.int32)
-    at = tuple((cells - cells.min(0)).T)
-    dense = np.zeros(np.ptp(cells, axis=0) + 1, bool)
-    dense[at] = counts >= ENOUGH
-    labels, n = label(dense, structure=np.ones((3,) * slow))
-    highest = maximum_filter(labels, 3, mode="constant")
-    lowest = minimum_filter(np.where(labels > 0, labels, n + 1), 3, mode="constant", cval=n + 1)
-    grown = np.where(labels > 0, labels, np.where(highest == lowest, highest, 0))[at]
-    return cells[grown > 0], grown[grown > 0].astype(np.int32)
 
 
 def choose_points(points: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:

@@ -243,9 +243,9 @@ def _calibrated(model: LED, found: Support, runs: list[np.ndarray], seed: int) -
     for t in range(max(len(run) for run in runs) - 1):
         going = np.array([k for k, run in enumerate(runs) if t + 1 < len(run)])
         now, later = (np.stack([runs[k][t + s] for k in going]).astype(np.float32) for s in (0, 1))
-        before = found.region(now)
-        np.add.at(observed, (before, found.region(later)), 1.0)
+        before = found.regions.region(now)
+        np.add.at(observed, (before, found.regions.region(later)), 1.0)
         state, draws = model.proposals(state, going, now, DRAWS, random)
         for drawn in draws:
-            np.add.at(proposed, (before, found.region(drawn)), 1.0 / DRAWS)
+            np.add.at(proposed, (before, found.regions.region(drawn)), 1.0 / DRAWS)
     return support.calibration(observed, proposed)

@@ -29,13 +29,13 @@ def support() -> Support:
 
 def test_regions_are_the_well_sampled_islands(support: Support) -> None:
     valid = np.concatenate(islands(2, crossings=False))
-    found = support.region(valid)
+    found = support.regions.region(valid)
     assert (found > 0).mean() >= 0.995
     left = found[valid[:, 0] < 0]
     right = found[valid[:, 0] > 0]
     assert set(left[left > 0]) & set(right[right > 0]) == set()
     assert len(set(left[left > 0])) == len(set(right[right > 0])) == 1
-    assert (support.region(np.array([[0.1, 0.2, 0.0], [50.0, 0.0, 0.0], [-2.0, 30.0, 0.0]])) == 0).all()
+    assert (support.regions.region(np.array([[0.1, 0.2, 0.0], [50.0, 0.0, 0.0], [-2.0, 30.0, 0.0]])) == 0).all()
 
 
 def test_states_that_exchange_often_are_one() -> None:
@@ -44,13 +44,13 @@ def test_states_that_exchange_often_are_one() -> None:
     back_and_forth[::40, 0] += 4.0  # 250 visits of one frame each
     support = build([back_and_forth, runs[1]], np.concatenate(islands(1, crossings=False)), n_points=3000, seed=0)
     assert not support.confines
-    assert support.region(np.array([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]])).tolist() == [1, 1]
+    assert support.regions.region(np.array([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]])).tolist() == [1, 1]
 
 
 def test_jumps_are_observed_transitions(support: Support) -> None:
     run = islands(0)[0]
     random = np.random.default_rng(0)
-    left, right = support.region(np.array([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]]))
+    left, right = support.regions.region(np.array([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]]))
     away = support.jump(np.array([left, left]), np.array([0, 0]), random)
     np.testing.assert_allclose(away, [run[5000], run[5000]])
     # outside of the regions the walker goes on as the trajectory did
@@ -71,10 +71,23 @@ def test_any_dimension_and_sparse_data(d: int) -> None:
     runs = [random.standard_normal((200, d)) for _ in range(3)]
     support = build(runs, random.standard_normal((500, d)), n_points=100, seed=1)
     assert support.points.shape == (100, d)
-    assert support.cells.shape[1] == min(d, 2)
+    assert support.regions.cells.shape[1] == min(d, 2)
     z = random.standard_normal((10, d))
     assert support.continued(z).shape == (10, d)
-    assert not support.confines and set(np.unique(support.regions)) == {1}
+    assert not support.confines and set(np.unique(support.regions.numbers)) == {1}
+
+
+def test_data_too_sparse_for_regions_confine_nothing() -> None:
+    """A grid of single frames far apart: no cell holds enough of them, and no region a percent of all."""
+    x, y = np.meshgrid(np.arange(20) * 5.0, np.arange(20) * 5.0)
+    lonely = np.stack([x.ravel(), y.ravel()], -1)
+    support = build([lonely], lonely, n_points=100, seed=0)
+    assert support.regions.count == 0 and not support.confines
+    assert (support.regions.region(lonely) == 0).all()
+    crowded = np.repeat(lonely, 5, axis=0)  # a region each, of a quarter of a percent
+    support = build([crowded], lonely, n_points=100, seed=0)
+    assert support.regions.count == 0 and not support.confines
+    assert np.isfinite(support.continued(lonely)).all()
 
 
 def test_rare_states_keep_their_points() -> None:
