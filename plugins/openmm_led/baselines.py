@@ -120,7 +120,7 @@ class _Baseline(Propagator):
                 details={k: card[k] for k in model_file.CARD_FIELDS if k in card},
             )  # fmt: skip
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"model: the card does not describe a {cls.form} model ({error})") from error
+            raise ValueError(f"modelPath: the card does not describe a {cls.form} model ({error})") from error
 
 
 def _latent(encoder: Encoder, train: Trajectories, lag: int) -> list[np.ndarray]:

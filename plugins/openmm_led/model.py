@@ -18,7 +18,7 @@ from openmm import app
 from openmm_led.autoencoder import Autoencoder, Shapes
 from openmm_led.config import LEDConfig
 from openmm_led.features import Features
-from openmm_led.mixtures import Sampler, pick
+from openmm_led.mixtures import FixedKernels, Sampler, pick
 from openmm_led.propagator import LatentRNN, Stepper
 from openmm_led.support import Support
 from openmm_mlff.data import model_file
@@ -232,15 +232,16 @@ class LED(Propagator):
                 "features": self.features.to_dict(),
                 "interval": self.interval,
                 "temperature": self.temperature,
-                "support": (
-                    None
-                    if self.support is None
-                    else [self.support.distance, self.support.spread, self.support.regions.width]
-                ),
+                "support": None if self.support is None else self._extent(self.support),
             },
             "units": {"length": "nm", "time": "ps", "angle": "rad"},
             **self.details,
         }
+
+    @staticmethod
+    def _extent(support: Support) -> list[float | None]:
+        """Distance, spread and width of the cells; JSON knows no infinity, the spread of one member is null."""
+        return [support.distance, support.spread if np.isfinite(support.spread) else None, support.regions.width]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the card needs beside it."""
@@ -263,24 +264,36 @@ class LED(Propagator):
             config = LEDConfig(**stored["led"])
             features = Features.from_dict(stored["features"])
             autoencoder = Autoencoder(config, Shapes.of(features))
-            rnns = [LatentRNN(config) for _ in range(config.members)]
             autoencoder.load_state_dict(_part(tensors, "autoencoder."))
+            if isinstance(autoencoder.density, FixedKernels):
+                autoencoder.density.freeze()
+            rnns = [LatentRNN(config) for _ in range(config.members)]
             for i, rnn in enumerate(rnns):
                 rnn.load_state_dict(_part(tensors, f"rnn_{i}."))
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"model: the card does not describe an LED model ({' '.join(str(error).split())[:300]})"
-            ) from error
-        support = None
-        if stored.get("support") is not None:
-            arrays = {name: value.numpy() for name, value in _part(tensors, "support.").items()}
-            distance, spread, width = stored["support"]
-            support = Support.from_arrays(arrays, distance, spread, width)
-        details = {k: card[k] for k in model_file.CARD_FIELDS if k in card}
-        return cls(
-            config, features, autoencoder, rnns, interval=stored["interval"], temperature=stored["temperature"],
-            support=support, details=details,
-        )  # fmt: skip
+            return cls(
+                config, features, autoencoder, rnns, interval=stored["interval"], temperature=stored["temperature"],
+                support=_read_support(stored.get("support"), tensors, config.latent_dim),
+                details={k: card[k] for k in model_file.CARD_FIELDS if k in card},
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+            raise ValueError(f"modelPath: card and tensors do not describe an LED model ({reason})") from error
+
+
+def _read_support(
+    extent: list[float | None] | None, tensors: dict[str, torch.Tensor], latent_dim: int
+) -> Support | None:
+    """That of a model file; `extent` is distance, spread and width of the cells, or None for a model without."""
+    if extent is None:
+        return None
+    distance, spread, width = extent
+    if distance is None or width is None:
+        raise ValueError(f"support: expected distance and width of the cells, got {extent}")
+    arrays = {name: value.numpy() for name, value in _part(tensors, "support.").items()}
+    support = Support.from_arrays(arrays, distance, np.inf if spread is None else spread, width)
+    if support.points.shape[1] != latent_dim:
+        raise ValueError(f"support.points: expected {latent_dim} columns, got {support.points.shape[1]}")
+    return support
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

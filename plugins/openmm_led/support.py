@@ -101,9 +101,22 @@ class Support:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], distance: float, spread: float, width: float) -> Support:
-        """The inverse of `arrays`; raises `KeyError` if one is missing."""
+        """The inverse of `arrays`; raises `KeyError` if one is missing, `ValueError` if they do not fit each other."""
         regions = Regions(width, arrays["cells"], arrays["regions"])
-        return cls(arrays["points"], distance, spread, regions, arrays["pairs"], arrays["accept"], arrays["extra"])
+        found = cls(arrays["points"], distance, spread, regions, arrays["pairs"], arrays["accept"], arrays["extra"])
+        d, between = found.points.shape[-1], (regions.count + 1,) * 2
+        expected = {
+            "points": (len(found.points), d),
+            "cells": (len(regions.cells), min(SLOW, d)),
+            "regions": (len(regions.cells),),
+            "pairs": (len(found.pairs), 2, d),
+            "accept": between,
+            "extra": between,
+        }
+        for name, value in found.arrays().items():
+            if value.shape != expected[name]:
+                raise ValueError(f"support.{name}: expected shape {expected[name]}, got {value.shape}")
+        return found
 
     @cached_property
     def _tree(self) -> Any:

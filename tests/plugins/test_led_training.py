@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from openmm_led import LED, Features, LEDConfig, LEDLearner, LEDOptions, Trajectories
 from openmm_led.autoencoder import Autoencoder, Scaler, Shapes, vamp2
 from openmm_led.trajectories import check_separate
+from openmm_mlff.data import model_file
 from openmm_mlff.sampling.propagators import load_propagator
 
 
@@ -89,6 +91,41 @@ def test_model_file_keeps_everything(trained: tuple[LED, Path], tmp_path: Path) 
         paths.append((path, m.decode(state.z, random), m.doubt(state)))
     for a, b in zip(*paths, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_spread_of_one_member_is_null_in_the_card(trained: tuple[LED, Path], tmp_path: Path) -> None:
+    model, _ = trained
+    assert model.support is not None and model.support.spread == np.inf
+    card = model.card()
+    json.dumps(card, allow_nan=False)
+    assert card["config"]["support"][1] is None
+    card["config"]["support"][1] = np.inf  # as it was written at first
+    for k, stored in enumerate((model.card(), card)):
+        read = load_propagator(model_file.save(tmp_path / f"led_{k}.safetensors", stored, model.tensors()))
+        assert isinstance(read, LED) and read.support is not None
+        assert (read.support.spread, read.support.distance) == (np.inf, model.support.distance)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("support.accept", None, "'accept' is missing"),
+        ("support.pairs", torch.zeros(4, 2, 3), r"support.pairs: expected shape \(4, 2, 1\), got \(4, 2, 3\)"),
+        ("support.points", torch.zeros(9, 2), "support"),
+        ("rnn_0.trunk.bias", None, "rnn_0|trunk.bias"),
+    ],
+)
+def test_a_damaged_model_file_is_refused(
+    trained: tuple[LED, Path], tmp_path: Path, name: str, value: torch.Tensor | None, message: str
+) -> None:
+    model, _ = trained
+    tensors = model.tensors()
+    del tensors[name]
+    if value is not None:
+        tensors[name] = value
+    path = model_file.save(tmp_path / "led.safetensors", model.card(), tensors)
+    with pytest.raises(ValueError, match=rf"modelPath: .*({message})"):
+        load_propagator(path)
 
 
 def test_a_stopped_training_goes_on_to_the_same_model(trained: tuple[LED, Path], tmp_path: Path) -> None:
@@ -210,6 +247,11 @@ def test_the_published_decoder_finds_both_wells(tmp_path: Path) -> None:
     x = np.concatenate(slow_and_fast(2, 4, 600).frames)
     decoded = model.decode(model.encode(x), np.random.default_rng(0))
     assert np.mean(np.sign(decoded[:, 0, 0]) == np.sign(x[:, 0, 0])) > 0.95
+    # a model that is read has its kernels' weights from z too, not those of the first stage
+    read = load_propagator(model.save(tmp_path / "led.safetensors"))
+    assert isinstance(read, LED)
+    z, y = torch.tensor([[-1.0], [1.0]]), torch.as_tensor(x[:2, 0, :2], dtype=torch.float32)
+    torch.testing.assert_close(read.autoencoder.nll(z, y), model.autoencoder.nll(z, y))
 
 
 def test_decoded_coordinates_stay_within_the_range_of_the_data(trained: tuple[LED, Path]) -> None:
