@@ -85,6 +85,8 @@ class LEDOptions:
 
     Attributes:
         autoencoder_steps: optimiser steps. batch: frames (pairs of frames) per step.
+        restarts: autoencoders trained from different seeds, of which the one with the least validation loss is kept;
+            an objective with several maxima is found in a poor one now and then. The closed form "tica" knows only 1.
         propagator_steps: optimiser steps. lanes: trajectories side by side. chunk: frames between truncations of the
             back-propagation through time; the memory is carried on from chunk to chunk.
         learning_rate: at the start of both; it falls to a hundredth along a cosine.
@@ -93,6 +95,7 @@ class LEDOptions:
 
     autoencoder_steps: int = 6000
     batch: int = 1024
+    restarts: int = 1
     propagator_steps: int = 6000
     lanes: int = 32
     chunk: int = 100
@@ -100,7 +103,7 @@ class LEDOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("autoencoder_steps", "batch", "propagator_steps", "lanes", "chunk"):
+        for name in ("autoencoder_steps", "batch", "restarts", "propagator_steps", "lanes", "chunk"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
         if not self.learning_rate > 0:

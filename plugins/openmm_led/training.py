@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openmm_led import support
 from openmm_led.autoencoder import Autoencoder, AutoencoderMethod, DecoderMethod, Shapes
@@ -29,8 +29,10 @@ from openmm_mlff.training.loop import LoopOptions, averaged, fit
 SUPPORT_POINTS = 20_000
 #: steps that the propagator proposes from each training frame to find how often it leaves a region
 DRAWS = 5
-#: fewer frames than this for each of the encoder's parameters' worth of structure is not worth training on
+#: training frames below which there is nothing to learn from: not even covariances of the encoder's inputs are known
 LEAST_FRAMES = 100
+#: between the seeds of restarts
+_RESTART = 10_000
 
 
 @dataclasses.dataclass
@@ -64,6 +66,10 @@ class LEDLearner:
     config: LEDConfig = dataclasses.field(default_factory=LEDConfig)
     options: LEDOptions = dataclasses.field(default_factory=LEDOptions)
 
+    def __post_init__(self) -> None:
+        if self.config.objective == "tica" and self.options.restarts > 1:
+            raise ValueError(f"restarts: expected 1 with the objective 'tica', got {self.options.restarts}")
+
     def fit(
         self,
         train: Trajectories,
@@ -95,11 +101,8 @@ class LEDLearner:
             features = features.fit_template(np.concatenate(_spaced(train.frames, 5000)).astype(np.float64))
         sets = {"train": _encoded(features, train), "valid": _encoded(features, valid)}
         check_rank(sets["train"].inputs, self.config.latent_dim)
-        torch.manual_seed(self.options.seed)
-        autoencoder = Autoencoder(self.config, Shapes.of(features))
-        autoencoder.fit_scales(sets["train"].inputs, sets["train"].coordinates)
-        slow = self._train_autoencoder(autoencoder, sets, folder, progress)
-        times = ["inf" if c >= 1 else f"{-train.interval * self.config.lag / np.log(c):.3g}" for c in slow if c > 0]
+        autoencoder, slow = self._train_autoencoder(Shapes.of(features), sets, folder, progress, say)
+        times = decorrelation_times(slow, train.interval * self.config.lag)
         say(f"latent coordinates decorrelate in {', '.join(times)} ps (one exponential each)")
         z = {name: _latent(autoencoder, s) for name, s in sets.items()}
         rnns = [self._train_propagator(k, z, folder, progress) for k in range(self.config.members)]
@@ -129,32 +132,32 @@ class LEDLearner:
             validate_every=max(1, min(500, steps // 10)), ema_decay=0.99, clip_norm=10.0, seed=seed,
         )  # fmt: skip
 
-    def _run(self, model: nn.Module, method: Any, steps: int, folder: Path, seed: int, progress: bool) -> None:
+    def _run(self, model: nn.Module, method: Any, steps: int, folder: Path, seed: int, progress: bool) -> float:
+        """Train `model`, which then has the parameters of the best validation; returns its loss."""
         state = fit(model, method, self._loop(steps, seed), folder, resume=True, progress=progress)
         if state.step < steps:
             raise KeyboardInterrupt
         with averaged(state) as best:
             model.load_state_dict(best.state_dict())
+        return float(state.best["loss"])
 
     def _train_autoencoder(
-        self, model: Autoencoder, sets: dict[str, _Encoded], folder: Path, progress: bool
-    ) -> np.ndarray:
-        """Encoder (with a decoder), rotation of the latent coordinates, decoder; returns their autocorrelations."""
+        self, shapes: Shapes, sets: dict[str, _Encoded], folder: Path, progress: bool, say: Callable[[str], None]
+    ) -> tuple[Autoencoder, np.ndarray]:
+        """Encoder (with a decoder), rotation of the latent coordinates, decoder; returns their autocorrelations too."""
         c, o = self.config, self.options
         inputs, x = ({n: torch.as_tensor(getattr(s, what), dtype=torch.float32) for n, s in sets.items()}
                      for what in ("inputs", "coordinates"))  # fmt: skip
         data = {n: (inputs[n], x[n], s.pairs(c.lag)) for n, s in sets.items()}
-        if c.objective == "tica":
-            pairs = {n: d[2] for n, d in data.items()}
-            modes = slow_modes(sets["train"].inputs, pairs["train"], sets["valid"].inputs, pairs["valid"], c.lag,
-                               c.latent_dim)  # fmt: skip
-            model.set_linear(modes.matrix)
-        else:
-            method = AutoencoderMethod(c, data["train"], data["valid"], o.batch, o.seed)
-            if isinstance(model.density, FixedKernels):
-                self._run(model, method, o.autoencoder_steps, folder / "kernels", o.seed, progress)
-                model.density.freeze()
-            self._run(model, method, o.autoencoder_steps, folder / "autoencoder", o.seed, progress)
+        found = []
+        for k in range(o.restarts):
+            torch.manual_seed(o.seed + k * _RESTART)
+            model = Autoencoder(c, shapes)
+            model.fit_scales(sets["train"].inputs, sets["train"].coordinates)
+            found.append((self._train_encoder(model, data, folder, k, progress), k, model))
+            if o.restarts > 1:
+                say(f"autoencoder {k + 1} of {o.restarts}: validation loss {found[k][0]:.4g}")
+        model = min(found, key=lambda one: one[:2])[2]
         with torch.no_grad():
             u = torch.cat([model.raw(block) for block in inputs["train"].split(BATCH)]).numpy()
         at = data["train"][2]
@@ -167,7 +170,29 @@ class LEDLearner:
         if isinstance(model.density, Principal):
             with torch.no_grad():
                 model.density.settle(model.features_of(z["train"]), model.scaler(x["train"]))
-        return slow
+        return model, slow
+
+    def _train_encoder(
+        self,
+        model: Autoencoder,
+        data: dict[str, tuple[Tensor, Tensor, np.ndarray]],
+        folder: Path,
+        restart: int,
+        progress: bool,
+    ) -> float:
+        """Encoder, with the decoder that its objective asks for; returns the validation loss."""
+        c, o = self.config, self.options
+        if c.objective == "tica":
+            (inputs, _, pairs), (valid, _, valid_pairs) = data["train"], data["valid"]
+            modes = slow_modes(inputs.numpy(), pairs, valid.numpy(), valid_pairs, c.lag, c.latent_dim)
+            model.set_linear(modes.matrix)
+            return 0.0
+        seed, ending = o.seed + restart * _RESTART, f"_{restart}" if restart else ""
+        method = AutoencoderMethod(c, data["train"], data["valid"], o.batch, seed)
+        if isinstance(model.density, FixedKernels):
+            self._run(model, method, o.autoencoder_steps, folder / f"kernels{ending}", seed, progress)
+            model.density.freeze()
+        return self._run(model, method, o.autoencoder_steps, folder / f"autoencoder{ending}", seed, progress)
 
     def _train_propagator(self, member: int, z: dict[str, list[np.ndarray]], folder: Path, progress: bool) -> LatentRNN:
         o = self.options
@@ -179,6 +204,14 @@ class LEDLearner:
         method = PropagatorMethod(z["train"], z["valid"], lanes, chunk, seed)
         self._run(model, method, o.propagator_steps, folder / f"propagator_{member}", seed, progress)
         return model.rnn
+
+
+def decorrelation_times(autocorrelations: Sequence[float] | np.ndarray, lag: float) -> list[str]:
+    """Times in the unit of `lag`, for a reader: ``inf`` for no decay, ``< lag`` where nothing is left after one lag."""
+    return [
+        "inf" if c >= 1 else f"< {lag:.3g}" if c <= 0 else f"{-lag / np.log(c):.3g}"
+        for c in map(float, autocorrelations)
+    ]
 
 
 def check_rank(inputs: np.ndarray, latent_dim: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from openmm_led import LED, Features, LEDConfig, LEDLearner, LEDOptions, Trajectories
 from openmm_led.autoencoder import Autoencoder, Scaler, Shapes, vamp2
+from openmm_led.training import decorrelation_times
 from openmm_led.trajectories import check_separate
 from openmm_mlff.data import model_file
 from openmm_mlff.sampling.propagators import load_propagator
@@ -161,6 +162,32 @@ def test_members_share_their_steps_and_show_their_spread(tmp_path: Path) -> None
     later = model.step(state, np.random.default_rng(0))
     assert later.z.shape == (6, 1) and np.isfinite(later.z).all()
     assert model.support is not None and np.isfinite(model.support.spread)
+
+
+def test_the_best_of_several_autoencoders_is_kept(tmp_path: Path) -> None:
+    config = LEDConfig(latent_dim=1, encoder_widths=(8,), decoder_widths=(8,), decoder_kernels=2, hidden=6, kernels=2)
+    options = LEDOptions(autoencoder_steps=20, batch=128, propagator_steps=10, lanes=4, chunk=30, restarts=4)
+    data, said = (slow_and_fast(0, 4, 400), slow_and_fast(1, 2, 400)), list[str]()
+    learner = LEDLearner(Features.raw(2), config, options)
+    model = learner.fit(*data, tmp_path, progress=False, say=said.append)
+    stored = [
+        torch.load(tmp_path / f"autoencoder{ending}" / "checkpoint.pt", weights_only=True)["best"]
+        for ending in ("", "_1", "_2", "_3")
+    ]
+    losses = [s["loss"] for s in stored]
+    assert [line.split()[-1] for line in said[:4]] == [f"{loss:.4g}" for loss in losses]
+    best = int(np.argmin(losses))
+    assert best != 0  # of this seed; else taking the first would pass too
+    for name in ("encoder.0.weight", "encoder.2.bias"):
+        assert torch.equal(model.autoencoder.state_dict()[name], stored[best]["tensors"][name])
+    again = learner.fit(*data, tmp_path, progress=False)
+    assert all(torch.equal(value, again.tensors()[name]) for name, value in model.tensors().items())
+    with pytest.raises(ValueError, match="restarts: expected 1 with the objective 'tica', got 2"):
+        LEDLearner(Features.raw(2), LEDConfig(objective="tica", encoder_widths=()), LEDOptions(restarts=2))
+
+
+def test_decorrelation_times_tell_of_every_coordinate() -> None:
+    assert decorrelation_times([1.0, np.exp(-0.5), 0.0, -0.2], 2.0) == ["inf", "4", "< 2", "< 2"]
 
 
 def test_vamp2_of_a_linear_process_is_the_sum_of_squared_autocorrelations() -> None:
