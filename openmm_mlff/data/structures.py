@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,6 +245,17 @@ class Batch:
             return None
         start = torch.cumsum(counts, 0) - counts
         return self.segment * largest + torch.arange(self.n_atoms, device=counts.device) - start[self.segment]
+
+    @cached_property
+    def box_lengths(self) -> tuple[float, float, float]:
+        """Lengths of the three box vectors, angstrom, rounded up to steps of 5 %, the longest of all structures.
+
+        What follows from them (how many wave vectors) stays as it is while a barostat moves the box a little.
+        """
+        assert self.cell is not None
+        longest = self.cell.detach().norm(dim=-1).amax(0).tolist()
+        a, b, c = (1.05 ** math.ceil(math.log(length, 1.05)) for length in longest)
+        return a, b, c
 
     def to_dense(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """``(n_atoms, ...)`` -> ``(n_structures, max_atoms, ...)``, empty places filled with `fill`."""

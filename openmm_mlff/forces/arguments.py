@@ -13,11 +13,15 @@ import torch
 from openmm import unit
 
 from openmm_mlff.forces.python_force import PRECISIONS
+from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.units import ANGSTROM_PER_NM
 
 #: keywords of createSystem and createMixedSystem
-OPTIONS = ("charge", "multiplicity", "precision", "device", "longRangeCutoff", "compile", "maxForce", "threads")
+OPTIONS = (
+    *("charge", "multiplicity", "precision", "device", "longRangeCutoff", "longRangeMethod"),
+    *("compile", "maxForce", "threads"),
+)
 #: keywords of MLPotential
 CONSTRUCTOR_OPTIONS = ("modelPath", "model", "sha256")
 #: keywords that openmm-ml's embeddings pass through
@@ -38,6 +42,12 @@ SYNONYMS = {
     "cutoff": "longRangeCutoff",
     "lrcutoff": "longRangeCutoff",
     "coulombcutoff": "longRangeCutoff",
+    "coulombmethod": "longRangeMethod",
+    "nonbondedmethod": "longRangeMethod",
+    "kspace": "longRangeMethod",
+    "kspaceelectrostatics": "longRangeMethod",
+    "ewald": "longRangeMethod",
+    "pme": "longRangeMethod",
     "torchcompile": "compile",
     "numthreads": "threads",
     "forcelimit": "maxForce",
@@ -189,6 +199,44 @@ def length(value: Any) -> float:
     if not (math.isfinite(nanometers) and nanometers > 0):
         raise ValueError(f"longRangeCutoff: expected a positive length (nm or a Quantity), got {value}")
     return nanometers * ANGSTROM_PER_NM
+
+
+def check_long_range_method(
+    method: Any, model: Potential, region: str, charge: int, keyword: str = "longRangeMethod"
+) -> str:
+    """The method, if the model offers it and it is right for the region ('open', 'wrapped' or 'periodic').
+
+    Raises `ValueError` naming `keyword` otherwise, and warns of what it means for a charged box.
+    """
+    if method not in LONG_RANGE_METHODS:
+        raise ValueError(f"{keyword}: expected {_alternatives(LONG_RANGE_METHODS)}, got {method!r}")
+    if method not in model.long_range_methods:
+        offered = _alternatives(model.long_range_methods)
+        raise ValueError(f"{keyword}: {model.family} offers {offered} only, got {method!r}")
+    if method == "shifted":
+        return method
+    if region == "open":
+        raise ValueError(
+            f"{keyword}: {method!r} sums over the images of a periodic box, expected box vectors, got none; in an open "
+            "system 'shifted' is right, without a cutoff for all pairs"
+        )
+    if region == "wrapped":
+        raise ValueError(
+            f"{keyword}: the ML region of a mixed system is open, so that it has no images to sum over; expected "
+            f"'shifted', got {method!r}. Its surroundings follow the force field's own NonbondedForce"
+        )
+    if charge:
+        warnings.warn(
+            f"{keyword}: {method!r} neutralises the box of charge {charge:+d} e by a uniform background; energies and "
+            "pressures then depend on the size of the box (counter-ions avoid that)",
+            stacklevel=4,
+        )
+    return method
+
+
+def _alternatives(names: Iterable[str]) -> str:
+    *most, last = (repr(name) for name in names)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def force_limit(value: Any) -> float | None:

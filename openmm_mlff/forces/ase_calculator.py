@@ -14,6 +14,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.vibrations import VibrationsData
 
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.forces.arguments import check_long_range_method
 from openmm_mlff.forces.python_force import PRECISIONS, choose_device
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.potentials.potential import Potential
@@ -33,6 +34,7 @@ class MLFFCalculator(Calculator):
         precision: 'single', 'double', or None for that of the model.
         device: torch's name; None takes CUDA where there is one (for a `Potential`: where it is).
         long_range_cutoff: angstrom, of the model's 1/r terms; periodic systems need one.
+        long_range_method: of the charges of periodic systems: 'shifted', 'ewald' or 'pme'; None for the model's own.
 
     Raises `ValueError` or `TypeError` naming the argument, here and when the calculator is asked.
     """
@@ -49,11 +51,12 @@ class MLFFCalculator(Calculator):
         precision: str | None = None,
         device: str | None = None,
         long_range_cutoff: float | None = None,
+        long_range_method: str | None = None,
         **kwargs: Any,
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision: expected 'single', 'double' or None, got {precision!r}")
-        model = _load(potential, precision, device, long_range_cutoff)
+        model = _load(potential, precision, device, long_range_cutoff, long_range_method)
         self.potential = model
         self._evaluator: Any = None
         self._evaluated: tuple[Any, ...] | None = None
@@ -125,6 +128,8 @@ class MLFFCalculator(Calculator):
         cell = atoms.cell.array if atoms.pbc.all() else None
         structure = Structure(atoms.numbers, atoms.positions, charge, multiplicity, cell)
         self.potential.check(structure)
+        region = "open" if cell is None else "periodic"
+        check_long_range_method(self.potential.long_range_method, self.potential, region, charge, "long_range_method")
         if cell is not None and self.potential.long_range and self.potential.long_range_cutoff is None:
             raise ValueError(
                 "long_range_cutoff: a periodic system needs one, expected a length such as 10.0 (angstrom), got None"
@@ -132,12 +137,18 @@ class MLFFCalculator(Calculator):
         return structure
 
 
-def _load(potential: Any, precision: str | None, device: str | None, long_range_cutoff: float | None) -> Potential:
+def _load(
+    potential: Any,
+    precision: str | None,
+    device: str | None,
+    long_range_cutoff: float | None,
+    long_range_method: str | None,
+) -> Potential:
     if isinstance(potential, (str, Path)):
         model = load_potential(potential).to(choose_device(device))
     elif isinstance(potential, Potential):
         # the caller's model stays as it is
-        changed = precision is not None or device is not None or long_range_cutoff is not None
+        changed = any(x is not None for x in (precision, device, long_range_cutoff, long_range_method))
         model = copy.deepcopy(potential) if changed else potential
         model = model if device is None else model.to(device)
     else:
@@ -148,6 +159,9 @@ def _load(potential: Any, precision: str | None, device: str | None, long_range_
         if not long_range_cutoff > 0:
             raise ValueError(f"long_range_cutoff: expected a positive length (angstrom), got {long_range_cutoff}")
         model.long_range_cutoff = float(long_range_cutoff)
+    if long_range_method is not None:
+        check_long_range_method(long_range_method, model, "periodic", 0, "long_range_method")
+        model.long_range_method = long_range_method
     return model
 
 

@@ -22,6 +22,7 @@ from openmm_mlff.forces.arguments import (
     atomic_numbers,
     check_compile,
     check_device,
+    check_long_range_method,
     check_precision,
     check_threads,
     force_limit,
@@ -61,10 +62,11 @@ class MLFFPotentialImpl(MLPotentialImpl):
         model = args.get("model")
         if model is not None:
             self._path, self._sha256 = None, self._store(model, args)
-            self._own_cutoff = model.long_range_cutoff
+            self._own_cutoff, self._own_method = model.long_range_cutoff, model.long_range_method
         else:
             self._path, self._sha256 = self._find(args.get("modelPath"), args.get("sha256"))
             self._own_cutoff = load_model(self._sha256, family.name, self._path, device="cpu").long_range_cutoff
+            self._own_method = "shifted"
 
     def _store(self, model: Any, args: dict[str, Any]) -> str:
         if args.get("modelPath") is not None:
@@ -108,7 +110,11 @@ class MLFFPotentialImpl(MLPotentialImpl):
         return str(path), model_file.remember(path)
 
     def getMLLongRange(self) -> bool:
-        """False: an ML region has no periodic images of its own, so those interactions stay with the MM force field."""
+        """False, whatever `longRangeMethod` a whole box may have.
+
+        openmm-ml asks this for mixed systems only. Their ML region is open there: it has no periodic images of its own,
+        so those interactions stay with the MM force field.
+        """
         return False
 
     def addForces(
@@ -122,6 +128,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
         precision: str | None = None,
         device: str | torch.device | None = None,
         longRangeCutoff: float | unit.Quantity | None = None,
+        longRangeMethod: str | None = None,
         compile: bool | str = "auto",
         maxForce: float | unit.Quantity | None = DEFAULT_MAX_FORCE,
         threads: int | None = None,
@@ -137,6 +144,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
             precision: 'single', 'double', or None for that of the model file.
             device: 'cpu', 'cuda', 'cuda:1', ...; None takes CUDA where there is one.
             longRangeCutoff: of the model's 1/r terms, nm or a Quantity; needed for periodic systems.
+            longRangeMethod: of the charges of a periodic system: 'shifted' (to zero at the cutoff), or 'ewald' or 'pme'
+                (with all images) where the family offers them; None for the model's own.
             compile: True, False, or 'auto' (compiled if the disk cache holds the compiled graph already).
             maxForce: kJ/mol/nm or a Quantity; a larger force stops the run. None switches this off.
             threads: torch threads on the CPU; None chooses by the number of atoms.
@@ -153,6 +162,9 @@ class MLFFPotentialImpl(MLPotentialImpl):
         model.check_electrons(numbers, charge, multiplicity)
         # openmm-ml hands over an empty system when it interpolates, so the topology is asked first
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
+        region = "open" if not periodic else "periodic" if atoms is None else "wrapped"
+        if longRangeMethod is None:
+            longRangeMethod = self._own_method if region == "periodic" else "shifted"
         spec = ForceSpec(
             sha256=self._sha256,
             family=self.family.name,
@@ -164,7 +176,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
             precision=check_precision(precision),
             device=check_device(device),
             long_range_cutoff=length(longRangeCutoff) if longRangeCutoff is not None else self._own_cutoff,
-            region="open" if not periodic else "periodic" if atoms is None else "wrapped",
+            long_range_method=check_long_range_method(longRangeMethod, model, region, int(charge)),
+            region=region,
             compile=check_compile(compile),
             max_force=force_limit(maxForce),
             threads=check_threads(threads),

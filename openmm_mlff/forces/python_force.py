@@ -28,6 +28,7 @@ from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import SYMBOLS, Structure
 from openmm_mlff.forces import checks
 from openmm_mlff.forces.copies import CopiesEvaluator
+from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     from openmm_mlff.potentials.evaluator import Evaluator
     from openmm_mlff.potentials.potential import Potential
 
-#: of options that older versions of this package read as well; options of many copies are of version 2.
-SPEC_VERSION = 2
+#: of options that older versions of this package read as well; options of many copies are of version 2, those with a
+#: long-range method of version 3.
+SPEC_VERSION = 3
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 REGIONS = ("open", "wrapped", "periodic")
 #: kJ/mol/nm; under such a force a carbon atom moves by two angstroms in one step of 0.5 fs.
@@ -60,7 +62,7 @@ class ForceSpec:
         batch: copies in one evaluation of the model; None chooses.
         charge: total charge of a copy in e. multiplicity: 2S+1.
         precision: 'single', 'double', or None for that of the model file. device: torch's name, None to choose.
-        long_range_cutoff: angstrom, or None for the model's own.
+        long_range_cutoff: angstrom, or None for the model's own. long_range_method: 'shifted', 'ewald' or 'pme'.
         region: 'open' (no box), 'wrapped' (an open region in a periodic box: made whole first), 'periodic'.
         compile: 'auto', True or False. threads: torch threads; None chooses by size.
         max_force: kJ/mol/nm; a larger force on any atom stops the run. None switches this off.
@@ -82,6 +84,7 @@ class ForceSpec:
     max_force: float | None = DEFAULT_MAX_FORCE
     replicas: int = 1
     batch: int | None = None
+    long_range_method: str = "shifted"
 
     def __post_init__(self) -> None:
         for name in ("numbers", "atoms"):
@@ -92,6 +95,9 @@ class ForceSpec:
             raise ValueError(f"precision: expected 'single', 'double' or None, got {self.precision!r}")
         if self.region not in REGIONS:
             raise ValueError(f"region: expected one of {', '.join(REGIONS)}, got {self.region!r}")
+        if self.long_range_method not in LONG_RANGE_METHODS:
+            expected = ", ".join(LONG_RANGE_METHODS)
+            raise ValueError(f"long_range_method: expected one of {expected}, got {self.long_range_method!r}")
         for name in ("replicas", "batch"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -104,11 +110,14 @@ class ForceSpec:
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
-        version = SPEC_VERSION
-        if self.replicas == 1:
-            # what a single copy is stored as has not changed since version 1
+        # what has its default is stored as it was before there was a choice
+        version = 1 if self.replicas == 1 else 2
+        if version == 1:
             del fields["replicas"], fields["batch"]
-            version = 1
+        if self.long_range_method == "shifted":
+            del fields["long_range_method"]
+        else:
+            version = 3
         return json.dumps({"version": version, **fields}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -189,7 +198,7 @@ class ForceComputation:
     def model(self) -> Potential:
         """The potential, shared by all computations of this process that ask for the same one."""
         s = self.spec
-        return load_model(s.sha256, s.family, s.path, s.precision, s.device, s.long_range_cutoff)
+        return load_model(s.sha256, s.family, s.path, s.precision, s.device, s.long_range_cutoff, s.long_range_method)
 
     @property
     def compiled(self) -> bool | None:
@@ -373,16 +382,19 @@ def load_model(
     precision: str | None = None,
     device: str | None = None,
     long_range_cutoff: float | None = None,
+    long_range_method: str = "shifted",
 ) -> Potential:
     """A potential by the checksum of its file, loaded once per process for the same options.
 
     Args:
         path: where the file was last seen, if it is not in the cache. long_range_cutoff: angstrom.
+        long_range_method: one of the model's `Potential.long_range_methods`.
 
-    Raises `FileNotFoundError` if no file has this checksum, and what `load_potential` raises.
+    Raises `FileNotFoundError` if no file has this checksum, `ValueError` for a method that the family does not offer,
+    and what `load_potential` raises.
     """
     place = choose_device(device)
-    key = (sha256, precision, place, long_range_cutoff)
+    key = (sha256, precision, place, long_range_cutoff, long_range_method)
     with _models_lock:
         if key in _models:
             _models.move_to_end(key)
@@ -391,6 +403,11 @@ def load_model(
         model.to(device=place, dtype=PRECISIONS[precision] if precision else None)
         if long_range_cutoff is not None:
             model.long_range_cutoff = long_range_cutoff
+        if long_range_method not in model.long_range_methods:
+            raise ValueError(
+                f"long_range_method: expected one of {model.long_range_methods}, got {long_range_method!r}"
+            )
+        model.long_range_method = long_range_method
         _models[key] = model.eval().requires_grad_(False)
         while len(_models) > MAX_LOADED_MODELS:
             _models.popitem(last=False)

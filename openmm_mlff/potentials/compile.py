@@ -76,11 +76,15 @@ class GraphInputs:
     an external potential do if there are any.
     """
 
-    def __init__(self, batch: Batch, fixed_pairs: bool, long_range_cutoff: float | None) -> None:
+    def __init__(
+        self, batch: Batch, fixed_pairs: bool, long_range_cutoff: float | None, reciprocal: bool = False
+    ) -> None:
         self.batch, self.fixed_pairs, self.reach = batch, fixed_pairs, _FAR * (long_range_cutoff or 0.0)
         self.field = batch.external_potential is not None
         self._listed: tuple[Pairs, list[Tensor]] | None = None
         self.periodic = batch.cell is not None
+        # a sum in reciprocal space has as many terms as the box that it was recorded for needs
+        self.lengths = batch.box_lengths if reciprocal and self.periodic else None
         self.slots = 0 if fixed_pairs else _with_margin(batch.neighbors.index.shape[1], 4)
         # open systems without a long-range cutoff keep all pairs for ever
         listed = batch.long_range_pairs is not None and self.periodic
@@ -90,6 +94,10 @@ class GraphInputs:
         """Whether the tables of this batch fit the compiled shapes."""
         if self.fixed_pairs:
             return True
+        if self.lengths is not None and any(
+            new > old for new, old in zip(batch.box_lengths, self.lengths, strict=True)
+        ):
+            return False
         long_range = len(batch.long_range_pairs) if self.n_long and batch.long_range_pairs is not None else 0
         return batch.neighbors.index.shape[1] <= self.slots and long_range <= self.n_long
 
@@ -176,7 +184,8 @@ class CompiledGraph:
         return Evaluation(**dict(zip(self._names(), values, strict=True)))
 
     def _inputs_of(self, batch: Batch) -> GraphInputs:
-        return GraphInputs(batch, self._fixed_pairs, self.model.long_range_cutoff)
+        model = self.model
+        return GraphInputs(batch, self._fixed_pairs, model.long_range_cutoff, model.long_range_method != "shifted")
 
     def _names(self) -> list[str]:
         return [n for n in ("energy", "forces", "charges", "dipole", "spread") if n == "energy" or n in self.outputs]
@@ -198,6 +207,7 @@ class CompiledGraph:
             _cpu_model(),
             repr(model.config),
             repr(model.long_range_cutoff),
+            repr((model.long_range_method, inputs.lengths)),
             repr((self._names(), inputs.slots, inputs.n_long, inputs.periodic, inputs.field, torch.get_num_threads())),
         ]
         digest.update("\n".join(about).encode())

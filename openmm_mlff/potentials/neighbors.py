@@ -188,6 +188,8 @@ class VerletPairs:
 def derive(batch: Batch) -> Batch:
     """Compute what follows from atoms and pairs, so that `Batch.at` carries it to every step."""
     _ = batch.counts, batch.dense_slot, batch.neighbors
+    if batch.cell is not None:
+        _ = batch.box_lengths
     return batch
 
 

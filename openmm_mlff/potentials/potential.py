@@ -61,6 +61,9 @@ class Potential(nn.Module):
         cutoff: angstrom, of the directed pair list.
         long_range: whether `predict` needs `Batch.long_range_pairs`.
         long_range_cutoff: angstrom; None takes all pairs of open systems (periodic ones need a value).
+        long_range_method: what becomes of charges beyond the cutoff in periodic systems: 'shifted' (nothing, the
+            interaction goes to zero there), 'ewald' or 'pme' (all images, in reciprocal space).
+        long_range_methods: the methods that the family offers.
         first_derivatives_only: set while a graph is recorded that is differentiated once; `predict` may then use
             forms that have no second derivatives.
         charges, multiplicities: total charges and spin multiplicities that the model was trained on; None means any.
@@ -76,6 +79,8 @@ class Potential(nn.Module):
     cutoff: float = 0.0
     long_range: bool = False
     long_range_cutoff: float | None = None
+    long_range_method: str = "shifted"
+    long_range_methods: tuple[str, ...] = ("shifted",)
     first_derivatives_only: bool = False
     charges: tuple[int, ...] | None = None
     multiplicities: tuple[int, ...] | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openmm_mlff.data.files import write_atomically
+from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 
 ENSEMBLES = ("nve", "nvt", "npt")
 COMPILE = ("auto", "yes", "no")
@@ -28,7 +29,8 @@ class RunSettings:
         forcefield: OpenMM force-field files for what is not machine-learned.
         padding: nm of water around the solute; None adds no water.
         use_box: whether the box of the file (CRYST1) counts.
-        long_range_cutoff: nm, for fully machine-learned periodic systems.
+        long_range_cutoff: nm, for fully machine-learned periodic systems. long_range_method: of their charges:
+            shifted, ewald or pme; None takes the model's own.
         ensemble: nve, nvt or npt. temperature: K. pressure: bar. friction: 1/ps.
         timestep: fs. steps: of production. equilibration_steps: before it, with a thermostat, not recorded.
         minimization_steps: largest number of iterations; 0 leaves the start as it is.
@@ -54,6 +56,7 @@ class RunSettings:
     padding: float | None = None
     use_box: bool = True
     long_range_cutoff: float | None = None
+    long_range_method: str | None = None
     ensemble: str = "nvt"
     temperature: float = 300.0
     pressure: float = 1.0
@@ -77,7 +80,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "forcefield", tuple(self.forcefield))
         object.__setattr__(self, "torsions", {name: tuple(atoms) for name, atoms in self.torsions.items()})
-        for name, allowed in (("ensemble", ENSEMBLES), ("compile", COMPILE), ("precision", (None, "single", "double"))):
+        for name, allowed in (("ensemble", ENSEMBLES), ("compile", COMPILE), ("precision", (None, "single", "double")),
+                              ("long_range_method", (None, *LONG_RANGE_METHODS))):  # fmt: skip
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(a) for a in allowed if a is not None)
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")

@@ -188,6 +188,8 @@ def _model_options(settings: RunSettings) -> dict[str, Any]:
             options[name] = value
     if settings.long_range_cutoff is not None:
         options["longRangeCutoff"] = settings.long_range_cutoff
+    if settings.long_range_method is not None:
+        options["longRangeMethod"] = settings.long_range_method
     return options
 
 
