@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import openmm
@@ -149,6 +149,9 @@ class ForceComputation:
         last_call: when it was called last (`time.monotonic`), 0 before the first call.
     """
 
+    #: what the model is asked for
+    outputs: ClassVar[tuple[str, ...]] = ("energy", "forces")
+
     def __init__(self, spec: str | ForceSpec) -> None:
         self.spec = ForceSpec.from_json(spec) if isinstance(spec, str) else spec
         self.error: BaseException | None = None
@@ -163,7 +166,7 @@ class ForceComputation:
         _registry.setdefault(self.options, weakref.WeakSet()).add(self)
 
     def __reduce__(self) -> tuple[Callable[[str], ForceComputation], tuple[str]]:
-        return ForceComputation, (self.options,)
+        return type(self), (self.options,)
 
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
         with self._lock:
@@ -174,10 +177,14 @@ class ForceComputation:
             except BaseException as error:
                 # OpenMM keeps only the text of an exception, so the text has to hold everything
                 text = traceback.format_exc()
-                if isinstance(error, checks.InstabilityError) and self.spec.atoms is not None:
-                    error.atom = self.spec.atoms[error.atom]
+                if isinstance(error, checks.InstabilityError):
+                    error.atom = self.particle(error.atom)
                 self.error = _without_frames(error, text)
             raise _explained(self.error, text)
+
+    def particle(self, i: int) -> int:
+        """The index in the system of atom `i` of this force."""
+        return i if self.spec.atoms is None else self.spec.atoms[i]
 
     def describe(self, i: int) -> str:
         """Atom `i` of this force as the user knows it.
@@ -187,7 +194,7 @@ class ForceComputation:
         """
         atoms, n = self.spec.atoms, len(self._numbers)
         replica, inside = divmod(i, n)
-        index = i if atoms is None else atoms[i]
+        index = self.particle(i)
         symbol = SYMBOLS[self.spec.numbers[inside]]
         if self.spec.replicas == 1:
             return f"atom {index} ({symbol})"
@@ -290,7 +297,7 @@ class ForceComputation:
                 Structure(self._numbers, copy, spec.charge, spec.multiplicity, cell) for copy in self._copies(positions)
             ]
             if spec.replicas == 1:
-                self._evaluator = model.evaluator(structures[0], outputs=("energy", "forces"), compile=spec.compile)
+                self._evaluator = model.evaluator(structures[0], outputs=self.outputs, compile=spec.compile)
             else:
                 self._evaluator = CopiesEvaluator(model, structures, spec.compile, spec.batch)
         return self._evaluator
