@@ -54,8 +54,7 @@ def _second_order(model: GDMLPotential) -> SecondOrder | None:
 def expansion_of(model: GDMLPotential) -> Expansion:
     """The model's energy as a function of scaled descriptors, without the sum over permutations and the constant."""
     scale = sqrt(5.0) / model.config.sigma
-    energies = model.get_buffer("energy_coefficients") if model.config.energy_constraints else None
-    return Expansion(scale * model.descriptors, scale * model.coefficients, energies, _second_order(model))
+    return Expansion(scale * model.descriptors, scale * model.coefficients, model.energy_weights, _second_order(model))
 
 
 def hessian_products(model: GDMLPotential, structure: Structure, directions: np.ndarray) -> np.ndarray:

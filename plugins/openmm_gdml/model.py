@@ -12,7 +12,6 @@ The atoms of the query are permuted, not those of the training points. float64 t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openmm_gdml import descriptor_library as _library  # noqa: F401  (registers its descriptors)
-from openmm_gdml import hessians, images, kernel, lattices
+from openmm_gdml import expansion, hessians, images, kernel, lattices
 from openmm_gdml.atom_order import (
     Bonds,
     as_bonds,
@@ -37,7 +36,6 @@ from openmm_gdml.descriptors import (
     gradients_of,
     pair_permutations,
     takes,
-    times_jacobian_transposed,
 )
 from openmm_gdml.differentiation import batched
 from openmm_gdml.evaluator import GDMLEvaluator
@@ -47,17 +45,6 @@ from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
 
 #: numbers that one temporary array of a batch may hold (32 MB)
 TEMPORARY = 1 << 22
-
-
-@dataclass
-class Prepared:
-    """What follows from the coefficients: centred training points, so that differences lose no digits."""
-
-    pair_permutations: Tensor  # (S, D)
-    centre: Tensor  # (D,) mean of the training points
-    points: Tensor  # (M, D) x_j - centre
-    squares: Tensor  # (M,) |x_j - centre|^2
-    products: Tensor  # (M,) (x_j - centre) . A_j
 
 
 class GDMLPotential(Potential):
@@ -72,6 +59,7 @@ class GDMLPotential(Potential):
         permutations: of equal atoms, ``(S, N)`` int64; p takes positions r to ``r[p]``.
         lattice: training lattice, rows, ``(3, 3)`` angstrom, only if periodic.
         alphas: ``(M, N, 3)`` with A_j = J_j alpha_j, only if kept.
+        pair_gradients: of the descriptor, in closed form; None for one that is known as a function only.
     """
 
     family = "gdml"
@@ -93,8 +81,8 @@ class GDMLPotential(Potential):
         n, m = len(c.numbers), c.n_train
         size = descriptor_size(c.descriptor, n, c.descriptor_options)
         self._descriptor = descriptor(c.descriptor, c.descriptor_options)
-        self._gradients = gradients_of(c.descriptor, c.descriptor_options)
-        if self._gradients is None:
+        self.pair_gradients = gradients_of(c.descriptor, c.descriptor_options)
+        if self.pair_gradients is None:
             somewhere = np.random.default_rng(0).normal(scale=2.0, size=(2, n, 3))
             self._descriptor = batched(self._descriptor, torch.from_numpy(somewhere))
         if c.periodic and not takes(descriptor(c.descriptor), "lattice"):
@@ -109,7 +97,7 @@ class GDMLPotential(Potential):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("permutations", torch.arange(n).repeat(c.n_permutations, 1))
-        self._prepared: Prepared | None = None
+        self._prepared: expansion.Prepared | None = None
         self._bonds: tuple[Bonds, Bonds] | None = None
         self._wrappings: dict[bytes, list[np.ndarray]] = {}
         self.register_load_state_dict_post_hook(GDMLPotential._forget)
@@ -187,21 +175,13 @@ class GDMLPotential(Potential):
     @property
     def closed_form(self) -> bool:
         """Whether the descriptor is one of pairs, as inverse distances are, for which everything is written out."""
-        return self._gradients is not None
+        return self.pair_gradients is not None
 
     @property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> expansion.Prepared:
         """Centred training points and what follows from them; made on first use."""
         if self._prepared is None:
-            centre = self.descriptors.mean(0)
-            points = self.descriptors - centre
-            self._prepared = Prepared(
-                pair_permutations(self.permutations) if self.closed_form else self.permutations,
-                centre,
-                points,
-                points.square().sum(1),
-                (points * self.coefficients).sum(1),
-            )
+            self._prepared = expansion.prepare(self)
         return self._prepared
 
     # -- structures ----------------------------------------------------------------------------------------------
@@ -253,7 +233,7 @@ class GDMLPotential(Potential):
             c = self.config
             atoms = c.descriptor == INVERSE_DISTANCES and not c.periodic and c.beads is None
             x = self.descriptors if atoms else self.descriptors[:0]
-            self._bonds = bonds_of_training(np.array(c.numbers), x, self.prepared.pair_permutations)
+            self._bonds = bonds_of_training(np.array(c.numbers), x, self.prepared.permutations)
         return self._bonds
 
     def examples(self) -> list[Structure]:
@@ -295,7 +275,8 @@ class GDMLPotential(Potential):
         r = torch.as_tensor(positions, dtype=torch.float64, device=self.device).detach()[None]
         distances = []
         for rows in found:
-            squares, _ = self._products(self._permuted(r, torch.from_numpy(rows).to(r.device)))
+            x = expansion.permuted(self, r, torch.from_numpy(rows).to(r.device))
+            squares, _ = expansion.products(self, x)
             distances.append(float(squares.min()))
         best = int(np.argmin(distances))
         return found[0] if distances[0] <= 1.0001 * distances[best] + 1e-12 else found[best]
@@ -349,36 +330,21 @@ class GDMLPotential(Potential):
         Args:
             lattice: the wrapping lattice, ``(3, 3)`` or one for each, ``(B, 3, 3)``.
         """
-        x = self._permuted(positions, lattice)
-        q, v = self._products(x)
-        terms = kernel.energy(q, v, self.config.sigma, self._energy_coefficients)  # (B, S)
+        x = expansion.permuted(self, positions, lattice)
+        q, v = expansion.products(self, x)
+        terms = kernel.energy(q, v, self.config.sigma, self.energy_weights)  # (B, S)
         if self.config.n_products:
             terms = terms + hessians.product_energies(self, x)
         return terms.sum(-1) + self.shift
 
     @property
-    def _energy_coefficients(self) -> Tensor | None:
+    def energy_weights(self) -> Tensor | None:
+        """The energy coefficients ``(M,)`` eV; None without energy constraints."""
         return self.get_buffer("energy_coefficients") if self.config.energy_constraints else None
 
     def describe(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
         """Descriptors ``(..., D)`` of positions ``(..., N, 3)`` in their own order of atoms."""
         return self._descriptor(positions) if lattice is None else self._descriptor(positions, lattice=lattice)
-
-    def _permuted(self, positions: Tensor, lattice: Tensor | None) -> Tensor:
-        """Descriptors of all permuted queries, centred, ``(B, S, D)``."""
-        p = self.prepared
-        if self.closed_form:
-            return self.describe(positions, lattice)[..., p.pair_permutations] - p.centre
-        queries = positions[..., self.permutations, :]  # (B, S, N, 3)
-        if lattice is not None and lattice.dim() == 3:
-            lattice = lattice[:, None]
-        return self.describe(queries, lattice) - p.centre
-
-    def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """|u|^2 and u.A of queries ``x (B, S, D)`` with all training points, ``(B, S, M)`` each, by two products."""
-        p = self.prepared
-        q = x.square().sum(-1, keepdim=True) + p.squares - 2.0 * (x @ p.points.T)
-        return q.clamp(min=0.0), x @ self.coefficients.T - p.products
 
     # -- energies and forces in closed form ----------------------------------------------------------------------
 
@@ -441,39 +407,9 @@ class GDMLPotential(Potential):
         results = []
         for part in self._chunks(len(positions)):
             here = lattice if lattice is None or lattice.dim() == 2 else lattice[part]
-            results.append((self._closed if self.closed_form else self._by_descriptor)(positions[part], here))
+            results.append(expansion.energies_and_forces(self, positions[part], here))
         energy, force = (torch.cat(values) for values in zip(*results, strict=True))
-        return energy, force
-
-    @torch.no_grad()
-    def _closed(self, positions: Tensor, lattice: Tensor | None) -> tuple[Tensor, Tensor]:
-        p = self.prepared
-        assert self._gradients is not None
-        x, g = self._gradients(positions, lattice)
-        energy, f = self._descriptor_forces(x[..., p.pair_permutations] - p.centre)
-        # back from the permuted descriptors to those of the query, summed over permutations
-        index = p.pair_permutations.expand_as(f).reshape(len(x), -1)
-        force = torch.zeros_like(x).scatter_add_(1, index, f.reshape(len(x), -1))
-        return energy, times_jacobian_transposed(g, force, positions.shape[-2])
-
-    def _by_descriptor(self, positions: Tensor, lattice: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            r = positions.detach().requires_grad_(True)
-            x = self._permuted(r, lattice)
-            with torch.no_grad():
-                energy, f = self._descriptor_forces(x)
-            (force,) = torch.autograd.grad(x, r, f)
         return energy, force
 
     def hessian_products(self, structure: Structure, directions: np.ndarray) -> np.ndarray:
         return hessians.hessian_products(self, structure, directions)
-
-    def _descriptor_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies ``(B,)`` and -dE/dx ``(B, S, D)`` of centred queries ``x (B, S, D)``."""
-        q, v = self._products(x)
-        terms, w1, w2 = kernel.energy_and_weights(q, v, self.config.sigma, self._energy_coefficients)
-        f = w1.sum(-1, keepdim=True) * x - w1 @ self.prepared.points - w2 @ self.coefficients
-        if self.config.n_products:
-            more, more_f = hessians.product_forces(self, x)
-            terms, f = terms + more, f + more_f
-        return terms.sum(-1) + self.shift, f
