@@ -155,7 +155,7 @@ class ForceComputation:
     def __init__(self, spec: str | ForceSpec) -> None:
         self.spec = ForceSpec.from_json(spec) if isinstance(spec, str) else spec
         self.error: BaseException | None = None
-        self.options = self.spec.to_json()
+        self.options = self._stored()
         self._numbers = np.array(self.spec.numbers, dtype=np.int64)
         self.energies: np.ndarray | None = None
         self._n_atoms = len(self._numbers) * self.spec.replicas
@@ -164,6 +164,9 @@ class ForceComputation:
         self._lock = threading.RLock()
         self.last_call = 0.0
         _registry.setdefault(self.options, weakref.WeakSet()).add(self)
+
+    def _stored(self) -> str:
+        return self.spec.to_json()
 
     def __reduce__(self) -> tuple[Callable[[str], ForceComputation], tuple[str]]:
         return type(self), (self.options,)

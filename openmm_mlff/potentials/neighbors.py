@@ -159,7 +159,9 @@ class VerletPairs:
             built = with_pairs(moved, *self._terms, skin=self._skin)
             dtype = self._batch.positions.dtype
             self._batch = self._batch.replace(
-                pairs=_cast(built.pairs, dtype), long_range_pairs=_cast(built.long_range_pairs, dtype)
+                pairs=_cast(built.pairs, dtype),
+                long_range_pairs=_cast(built.long_range_pairs, dtype),
+                cell=None if cell is None else cell.to(dtype),
             )
             self.reference = positions.detach().clone()
             self.reference_cell = None if cell is None else cell.detach().clone()
