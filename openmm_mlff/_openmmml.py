@@ -48,9 +48,29 @@ class _Registry(dict[str, Any]):
         raise UnknownPotential(f"name: no potential is called {name!r}; {_plugins.near(str(name), self)}")
 
 
+class UnknownEmbedding(KeyError, ValueError):
+    """``createMixedSystem(embedding=name)`` with a name that neither the potential nor anybody else offers."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class _Embeddings(dict[str, Any]):
+    """openmm-ml's table of embeddings, which it asks for those that the potential itself does not offer."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        if name == "electrostatic":
+            why = "needs a potential that predicts charges, and this one does not"
+        else:
+            why = "is not known"
+        offered = ", ".join(repr(known) for known in sorted(self))
+        raise UnknownEmbedding(f"embedding: {name!r} {why}; every potential offers {offered}")
+
+
 def _explain_unknown_names() -> None:
     # MLPotential('spokynet') ends in openmm-ml's plain dict with a bare KeyError before any factory is asked, so the
     # table itself has to know the near names; what it holds and how it is filled stays as it is
     potential = getattr(sys.modules.get("openmmml.mlpotential"), "MLPotential", None)
-    if type(getattr(potential, "_implFactories", None)) is dict:
-        potential._implFactories = _Registry(potential._implFactories)  # type: ignore[union-attr]
+    for table, explaining in (("_implFactories", _Registry), ("_embeddingFactories", _Embeddings)):
+        if type(getattr(potential, table, None)) is dict:
+            setattr(potential, table, explaining(getattr(potential, table)))

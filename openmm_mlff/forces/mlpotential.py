@@ -63,10 +63,12 @@ class MLFFPotentialImpl(MLPotentialImpl):
         if model is not None:
             self._path, self._sha256 = None, self._store(model, args)
             self._own_cutoff, self._own_method = model.long_range_cutoff, model.long_range_method
+            self._predicts_charges = model.predicts_charges
         else:
             self._path, self._sha256 = self._find(args.get("modelPath"), args.get("sha256"))
-            self._own_cutoff = load_model(self._sha256, family.name, self._path, device="cpu").long_range_cutoff
-            self._own_method = "shifted"
+            stored = load_model(self._sha256, family.name, self._path, device="cpu")
+            self._own_cutoff, self._own_method = stored.long_range_cutoff, "shifted"
+            self._predicts_charges = stored.predicts_charges
 
     def _store(self, model: Any, args: dict[str, Any]) -> str:
         if args.get("modelPath") is not None:
@@ -116,6 +118,36 @@ class MLFFPotentialImpl(MLPotentialImpl):
         so those interactions stay with the MM force field.
         """
         return False
+
+    def getSupportedEmbeddings(self) -> list[str]:
+        """'electrostatic' for models that predict charges, beside openmm-ml's own 'mechanical'."""
+        return ["electrostatic"] if self._predicts_charges else []
+
+    def createMixedSystem(
+        self,
+        topology: openmm.app.Topology,
+        system: openmm.System,
+        atoms: list[int],
+        forceGroup: int,
+        interpolate: bool,
+        embedding: str,
+        returnInfo: bool = False,
+        **args: Any,
+    ) -> openmm.System | dict[str, Any]:
+        """A mixed system with electrostatic embedding (see `forces.embedding` and `embedding_arguments.Settings`).
+
+        Raises `ValueError` or `TypeError` naming the argument.
+        """
+        from openmm_mlff.forces.embedding import create_mixed_system
+
+        if embedding not in self.getSupportedEmbeddings():
+            raise ValueError(f"embedding: {self.name} offers no {embedding!r}")
+        mixed = create_mixed_system(self.addForces, topology, system, atoms, forceGroup, interpolate, args)
+        if mixed.system.usesPeriodicBoundaryConditions() and not interpolate:
+            _keep_molecules(topology, mixed.system, atoms, forceGroup)
+        if not returnInfo:
+            return mixed.system
+        return {"system": mixed.system, "topology": mixed.topology, "oldToNew": mixed.old_to_new}
 
     def addForces(
         self,

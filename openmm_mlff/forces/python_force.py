@@ -168,6 +168,11 @@ class ForceComputation:
     def _stored(self) -> str:
         return self.spec.to_json()
 
+    @classmethod
+    def normalized(cls, options: str) -> str:
+        """Options as this version writes them; raises `ValueError` for a text that holds none."""
+        return ForceSpec.from_json(options).to_json()
+
     def __reduce__(self) -> tuple[Callable[[str], ForceComputation], tuple[str]]:
         return type(self), (self.options,)
 

@@ -20,11 +20,14 @@ from typing import Any
 
 import openmm
 
-from openmm_mlff.forces.python_force import ForceComputation, ForceSpec
+from openmm_mlff.forces.embedded_force import EmbeddedComputation
+from openmm_mlff.forces.python_force import ForceComputation
 from openmm_mlff.potentials.family import find_family
 
-#: what our own forces pickle to: a call of this class with one text
-OURS = f"{ForceComputation.__module__}.{ForceComputation.__qualname__}"
+#: what our own forces pickle to: a call of one of these classes with one text
+OURS: dict[str, type[ForceComputation]] = {
+    f"{kind.__module__}.{kind.__qualname__}": kind for kind in (ForceComputation, EmbeddedComputation)
+}
 MAX_DEPTH = 100
 
 
@@ -68,9 +71,10 @@ def stored_options(force: openmm.Force) -> set[str]:
     found = set()
     for element in root.iter():
         if element.get("type") == "PythonForce":
-            text = _our_options(_Pickle(_decode(element.get("function"))))
-            if text is not None:
-                found.add(ForceSpec.from_json(text).to_json())
+            ours = _our_options(_Pickle(_decode(element.get("function"))))
+            if ours is not None:
+                kind, text = ours
+                found.add(kind.normalized(text))
     return found
 
 
@@ -140,10 +144,10 @@ def _check(root: ET.Element, allow: frozenset[str], types: frozenset[str]) -> No
 def _checked(data: bytes, allow: frozenset[str]) -> bytes:
     """A pickle that is safe to load: written anew for ours, as it is for allowed ones."""
     found = _Pickle(data)
-    options = _our_options(found)
-    if options is not None:
+    ours = _our_options(found)
+    if ours is not None:
         # the stranger's pickle itself is never unpickled
-        return pickle.dumps(_checked_computation(options))
+        return pickle.dumps(_checked_computation(*ours))
     forbidden = sorted(found.names - allow)
     if forbidden:
         raise UnsafeXMLError(
@@ -159,9 +163,9 @@ def _checked(data: bytes, allow: frozenset[str]) -> bytes:
     return data
 
 
-def _checked_computation(options: str) -> ForceComputation:
+def _checked_computation(kind: type[ForceComputation], options: str) -> ForceComputation:
     try:
-        computation = ForceComputation(options)
+        computation = kind(options)
     except ValueError as error:
         raise UnsafeXMLError(f"source: {error}") from error
     try:
@@ -171,14 +175,14 @@ def _checked_computation(options: str) -> ForceComputation:
     return computation
 
 
-def _our_options(found: _Pickle) -> str | None:
-    """The options text if the pickle is exactly ``ForceComputation(text)``."""
+def _our_options(found: _Pickle) -> tuple[type[ForceComputation], str] | None:
+    """The class and its options text if the pickle is exactly ``ForceComputation(text)``, or another of `OURS`."""
     value = found.value
-    if found.names != {OURS} or not isinstance(value, _Inert) or value.state or value.dotted != OURS:
+    if not isinstance(value, _Inert) or value.state or value.dotted not in OURS or found.names != {value.dotted}:
         return None
     if len(value.args) != 1 or not isinstance(value.args[0], str):
         return None
-    return value.args[0]
+    return OURS[value.dotted], value.args[0]
 
 
 def _decode(text: str | None) -> bytes:

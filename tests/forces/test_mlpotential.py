@@ -279,7 +279,7 @@ def test_embeddings_and_range() -> None:
     potential = MLPotential("spookynet", model=small_spookynet())
     assert isinstance(potential._impl, MLFFPotentialImpl)
     assert potential._impl.getMLLongRange() is False
-    assert potential.getSupportedEmbeddings() == ["mechanical"]
+    assert potential.getSupportedEmbeddings() == ["electrostatic", "mechanical"]
 
 
 def test_force_group(potential: MLPotential) -> None:
