@@ -61,13 +61,27 @@ def make_trajectories(pdb: app.PDBFile, system: openmm.System, args: argparse.Na
     return files
 
 
+def find(patterns: list[str]) -> list[str]:
+    """The files that file names and patterns stand for."""
+    found = []
+    for pattern in patterns:
+        files = sorted(glob.glob(pattern))
+        if not files:
+            raise SystemExit(f"--trajectories: no file is called {pattern}")
+        found += files
+    if len(found) < 3:
+        raise SystemExit(f"--trajectories: expected three or more, to train, to validate and to test; got {len(found)}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default=str(HERE / "recipes" / "capped_alanine.pdb"))
     parser.add_argument("--trajectories", nargs="+", help="three or more; the last one is for the test")
+    parser.add_argument("--interval", type=float, help="ps between their frames, if the files do not tell")
     parser.add_argument("--forcefield", nargs="+", default=["amber99sbildn.xml", "implicit/obc2.xml"])
     parser.add_argument("--temperature", type=float, default=300.0, help="K")
-    parser.add_argument("--runs", type=int, default=7, help="trajectories to make")
+    parser.add_argument("--runs", type=int, default=7, help="trajectories to make, three or more")
     parser.add_argument("--picoseconds", type=int, default=1200, help="of each")
     parser.add_argument("--steps", type=int, default=2000, help="of the optimiser, per stage")
     parser.add_argument("--quick", action="store_true", help="so little of everything that nothing is learned")
@@ -75,16 +89,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.runs, args.picoseconds, args.steps = 4, 120, 100
+    if args.runs < 3:
+        parser.error(f"--runs: expected three or more, got {args.runs}")
     args.output.mkdir(parents=True, exist_ok=True)
 
     # 1. Topology and trajectories. Solvent is left out; molecules are made whole.
     pdb = app.PDBFile(args.topology)
     system = make_system(pdb.topology, args.forcefield)
-    files = args.trajectories or make_trajectories(pdb, system, args)
-    files = [path for pattern in files for path in sorted(glob.glob(pattern))]
+    files = find(args.trajectories) if args.trajectories else make_trajectories(pdb, system, args)
     solute = solute_topology(pdb.topology, select(pdb.topology, "auto"))
     train, valid, test = (
-        read_trajectories(chosen, pdb.topology) for chosen in (files[:-2], files[-2:-1], files[-1:])
+        read_trajectories(chosen, pdb.topology, interval=args.interval)
+        for chosen in (files[:-2], files[-2:-1], files[-1:])
     )  # splits are by whole runs
     print(f"training on {train.n_frames} frames, {train.interval:g} ps apart")
 

@@ -267,6 +267,7 @@ def fit(
     accelerator: str = "cpu",
     progress: bool = True,
     on_validation: Callable[[TrainingState, bool], None] | None = None,
+    title: str = "training",
 ) -> TrainingState:
     """Train `model` in place; the averaged parameters of the best validation are in ``best`` of the returned state.
 
@@ -277,6 +278,7 @@ def fit(
         resume: go on from ``checkpoint.pt`` in `folder`, if there is one.
         accelerator: of Lightning Fabric: "cpu", "cuda" or "auto".
         on_validation: called after each validation with the state and whether it is the best so far.
+        title: of the progress bar.
 
     Raises `ImportError` without Lightning Fabric, and `FloatingPointError` if a loss is not finite; the state before
     that step is then in ``failed.pt``.
@@ -294,7 +296,7 @@ def fit(
     wrapped.train()
     started = time.monotonic() - (state.history[-1]["seconds"] if state.history else 0.0)
     saved = time.monotonic()
-    with _Interrupt() as interrupt, _Bar(options.steps, state, progress) as bar:
+    with _Interrupt() as interrupt, _Bar(title, options.steps, state, progress) as bar:
         try:
             for indices in _batches(method, state, options):
                 loss = step(fabric, state, wrapped, method, indices, options)
@@ -375,11 +377,11 @@ class _Interrupt:
 class _Bar:
     """rich progress bar with the loss of the last step and the errors of the last validation."""
 
-    def __init__(self, steps: int, state: TrainingState, show: bool) -> None:
+    def __init__(self, title: str, steps: int, state: TrainingState, show: bool) -> None:
         from rich import progress
 
         self._progress = progress.Progress(
-            progress.TextColumn("training"),
+            progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
@@ -387,7 +389,7 @@ class _Bar:
             progress.TextColumn("{task.fields[text]}"),
             disable=not show,
         )
-        self._task = self._progress.add_task("training", total=steps, completed=state.step, text="")
+        self._task = self._progress.add_task(title, total=steps, completed=state.step, text="")
 
     def __enter__(self) -> _Bar:
         self._progress.start()

@@ -134,7 +134,8 @@ class LEDLearner:
 
     def _run(self, model: nn.Module, method: Any, steps: int, folder: Path, seed: int, progress: bool) -> float:
         """Train `model`, which then has the parameters of the best validation; returns its loss."""
-        state = fit(model, method, self._loop(steps, seed), folder, resume=True, progress=progress)
+        loop = self._loop(steps, seed)
+        state = fit(model, method, loop, folder, resume=True, progress=progress, title=folder.name.replace("_", " "))
         if state.step < steps:
             raise KeyboardInterrupt
         with averaged(state) as best:

@@ -112,8 +112,11 @@ def read_trajectories(
         topology: of the files, solvent included. atoms: the solute; None takes everything that is not solvent.
         interval: ps between frames; None takes it from the files.
 
-    Raises `ValueError` for other numbers of atoms, uneven or different times between frames, and NaN frames.
+    Raises `ValueError` for no paths, other numbers of atoms, uneven or different times between frames, and NaN frames;
+    `FileNotFoundError` for a path without a file.
     """
+    if not paths:
+        raise ValueError("trajectories: expected at least one file, got none")
     import mdtraj
 
     from openmm_mlff.sampling.systems import select

@@ -263,6 +263,8 @@ def test_times_that_a_file_does_not_tell_must_be_given(trained: Path) -> None:
     with pytest.raises(ValueError, match=r"rewritten.dcd does not tell the time between its frames"):
         read_trajectories([rewritten], topology)
     assert read_trajectories([rewritten], topology, interval=0.5).interval == 0.5
+    with pytest.raises(ValueError, match="trajectories: expected at least one file, got none"):
+        read_trajectories([], topology)
 
 
 def test_settings_by_name() -> None:
