@@ -62,22 +62,27 @@ def list_models(args: argparse.Namespace) -> int:
 
 def _place(known: PublishedModel) -> str:
     from openmm_mlff.data import model_file
+    from openmm_mlff.potentials.family import find_published
 
-    found = model_file.cached(known.sha256)
-    return f"in the cache ({found.name[:12]}...)" if found is not None else f"openmm-mlff models fetch {known.name}"
+    found = find_published(known)
+    if found is not None:
+        return f"in the cache ({found.name[:12]}...)" if found.parent == model_file.cache_dir() else str(found)
+    package = f"pip install 'openmm-mlff[{known.extra}]', or " if known.extra is not None else ""
+    return f"{package}openmm-mlff models fetch {known.name}"
 
 
 def verify_models(args: argparse.Namespace) -> int:
     """Check files against their checksums, and that they can be read; status 1 if one is not sound."""
     from openmm_mlff.data import model_file
-    from openmm_mlff.potentials.family import families, load_potential
+    from openmm_mlff.potentials.family import families, find_published, load_potential
 
     files: dict[str, tuple[Path | None, str | None, str | None]] = {}
     for family in families():
         for model in family.bundled:
             files[model.name] = (model.path if model.path.is_file() else None, None, family.name)
         for known in family.published:
-            files[known.name] = (model_file.cached(known.sha256), known.sha256, family.name)
+            files[known.name] = (find_published(known), None if known.is_it else known.sha256, family.name)
+    published = {m.name: m for f in families() for m in f.published}
     chosen = list(args.names)
     for name in chosen:
         if name not in files:
@@ -89,10 +94,12 @@ def verify_models(args: argparse.Namespace) -> int:
         path, sha256, family_name = files[name]
         if path is None:
             # a published model that nobody fetched is nothing wrong, unless it was asked for
-            verdict, good = "not here", name not in chosen and sha256 is not None
+            verdict, good = "not here", name not in chosen and name in published
         else:
             try:
                 potential = load_potential(path, family_name, sha256)
+                if name in published and (is_it := published[name].is_it) is not None and not is_it(potential):
+                    raise ValueError(f"{path} holds another model")
                 what = f"{potential.family}, {len(potential.elements)} elements"
                 verdict, good = f"sound, {what}, sha256 {model_file.sha256_of(path)}", True
             except ValueError as error:

@@ -82,34 +82,35 @@ class MLFFPotentialImpl(MLPotentialImpl):
         """The path and checksum of the model file, which is copied into the cache."""
         shipped = {m.name: m for m in self.family.bundled}
         published = {m.name: m for m in self.family.published}
-        if self.name in shipped or self.name in published:
-            if given is not None:
-                raise ValueError(
-                    f"modelPath: {self.name!r} is one particular model; to use a file of your own, call "
-                    f"MLPotential({self.family.name!r}, modelPath=...)"
-                )
-            if self.name in published:
-                path, sha256 = _fetched(published[self.name]), published[self.name].sha256
-            else:
-                path = shipped[self.name].path
-                if not path.is_file():
-                    raise FileNotFoundError(
-                        f"{self.name}: its model file {path.name} is missing from this installation"
-                    )
-        else:
-            if given is None:
-                models = ", ".join(repr(n) for n in [*shipped, *published]) or "none"
-                raise ValueError(f"modelPath: {self.name!r} needs a model file, got None; ready-made models: {models}")
-            if not isinstance(given, (str, Path)):
-                raise TypeError(f"modelPath: expected the path of a model file, got {type(given).__name__}")
-            path = Path(given).expanduser().absolute()
+        known = published.get(self.name)
+        if given is not None and (self.name in shipped or (known is not None and known.is_it is None)):
+            raise ValueError(
+                f"modelPath: {self.name!r} is one particular model; to use a file of your own, call "
+                f"MLPotential({self.family.name!r}, modelPath=...)"
+            )
+        if given is not None:
+            path = _given(given)
+        elif known is not None:
+            path = _found(known)
+            if known.is_it is None:
+                sha256 = known.sha256
+        elif self.name in shipped:
+            path = shipped[self.name].path
             if not path.is_file():
-                raise FileNotFoundError(f"modelPath: no file at {path}")
+                raise FileNotFoundError(f"{self.name}: its model file {path.name} is missing from this installation")
+        else:
+            models = ", ".join(repr(n) for n in [*shipped, *published]) or "none"
+            raise ValueError(f"modelPath: {self.name!r} needs a model file, got None; ready-made models: {models}")
         if sha256 is not None:
             model_file.verify(path, sha256)
         # damaged files are refused before they get into the cache
-        families.load_potential(path, self.family.name)
-        return str(path), model_file.remember(path)
+        model = families.load_potential(path, self.family.name)
+        if known is not None and known.is_it is not None and not known.is_it(model):
+            raise ValueError(
+                f"modelPath: {path} holds another model than {self.name!r}; to use it all the same, call "
+                f"MLPotential({self.family.name!r}, modelPath=...)"
+            )
+        return str(path), families.remember_potential(path, self.family, model)
 
     def getMLLongRange(self) -> bool:
         """False, whatever `longRangeMethod` a whole box may have.
@@ -243,12 +244,22 @@ class MLFFPotentialImpl(MLPotentialImpl):
             )
 
 
-def _fetched(model: families.PublishedModel) -> Path:
-    path = model_file.cached(model.sha256)
+def _given(path: Any) -> Path:
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"modelPath: expected the path of a model file, got {type(path).__name__}")
+    absolute = Path(path).expanduser().absolute()
+    if not absolute.is_file():
+        raise FileNotFoundError(f"modelPath: no file at {absolute}")
+    return absolute
+
+
+def _found(model: families.PublishedModel) -> Path:
+    path = families.find_published(model)
     if path is None:
+        package = f"install it with pip install 'openmm-mlff[{model.extra}]', " if model.extra is not None else ""
         raise FileNotFoundError(
-            f"{model.name}: not in the cache ({model_file.cache_dir()}); fetch it with `openmm-mlff models` or "
-            f"download {model.url} and use MLPotential({model.family!r}, modelPath=...)"
+            f"{model.name}: not in the cache ({model_file.cache_dir()}); {package}fetch it with `openmm-mlff models "
+            f"fetch {model.name}`, or download {model.url} and use MLPotential({model.family!r}, modelPath=...)"
         )
     return path
 

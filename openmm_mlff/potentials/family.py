@@ -21,7 +21,15 @@ from openmm_mlff.potentials.potential import Potential
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model that its authors publish and this package can fetch and read, but does not carry."""
+    """A model that its authors publish and this package can fetch and read, but does not carry.
+
+    Attributes:
+        url, sha256: of the file that is fetched.
+        find: where else on this machine the model is (in another package, say), or None.
+        is_it: whether a potential that was read from some file is this model. With it the model may come from files
+            other than the one that is fetched: from `find`, or from one that the user names.
+        extra: the extra of this package that installs what `find` looks for.
+    """
 
     name: str
     family: str
@@ -30,6 +38,9 @@ class PublishedModel:
     licence: str
     citation: str
     domain: str
+    find: Callable[[], Path | None] = lambda: None
+    is_it: Callable[[Potential], bool] | None = None
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Family:
         name: what users type with ``modelPath``. aliases: other names for the same.
         model: the `Potential` class, built as ``model(config)``. config: its frozen dataclass.
         recognises, read: whether a file can be one published by others, and its reader (file -> model).
+        stands_alone: whether such a file can be read without others beside it; the cache keeps one that cannot as a
+            model file.
         trainer: how models are fitted; None trains by force matching with an optimiser.
         bundled, published: the models that the plugin carries, and those it knows where to fetch.
     """
@@ -75,6 +88,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     recognises: Callable[[Path], bool] = lambda path: False
     read: Callable[[Path], Potential] | None = None
+    stands_alone: Callable[[Path], bool] = lambda path: True
     trainer: Trainer | None = None
     bundled: tuple[BundledModel, ...] = ()
     published: tuple[PublishedModel, ...] = ()
@@ -182,6 +196,18 @@ def save_potential(model: Potential, path: str | Path, **details: Any) -> Path:
     """Write a potential as a model file; `details` go into its card (see `model_file.CARD_FIELDS`)."""
     tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
     return model_file.save(path, make_card(model, **details), tensors)
+
+
+def remember_potential(path: Path, family: Family, model: Potential) -> str:
+    """Put the file that `model` was read from, or its numbers, into the content-addressed cache; returns the sha256."""
+    if model_file.is_model_file(path) or family.stands_alone(path):
+        return model_file.remember(path)
+    return store_potential(model)
+
+
+def find_published(model: PublishedModel) -> Path | None:
+    """The file of a published model on this machine: in the cache, or where `PublishedModel.find` knows; or None."""
+    return model_file.cached(model.sha256) or model.find()
 
 
 def store_potential(model: Potential) -> str:

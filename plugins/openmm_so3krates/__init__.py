@@ -17,6 +17,8 @@ family = Family(
     config=SO3kratesConfig,
     recognises=pretrained.recognises,
     read=pretrained.read,
+    stands_alone=pretrained.stands_alone,
+    published=(pretrained.SO3LR,),
 )
 
 __all__ = ["SO3krates", "SO3kratesConfig", "family"]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import importlib.util
 import json
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,14 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_mlff.potentials.family import PublishedModel
+from openmm_mlff.potentials.potential import Potential
 from openmm_so3krates.config import Z_MAX, SO3kratesConfig
 from openmm_so3krates.model import SO3krates
+from openmm_so3krates.module_pickle import read_module
+from openmm_so3krates.torch_port import from_port
+
+logger = logging.getLogger(__name__)
 
 CITATION = (
     "Kabylda, Frank, Suarez-Dou, Khabibrakhmanov, Medrano Sandonas, Unke, Chmiela, Mueller, Tkatchenko, "
     "J. Am. Chem. Soc. 147, 33723 (2025), doi:10.1021/jacs.5c09558"
 )
-#: what every model of the published program does that this one can be told to do, by the names of its options
+#: `fingerprint` of the published model
+FINGERPRINT = "120ee7cb757e366dc4d208ba883ed7f24d5080fa9b4708960a09831ae26b289d"
+
+#: options with several values: the published program's name -> ours, and its values -> ours
 _CHOICES: dict[str, tuple[str, dict[Any, Any]]] = {
     "radial_basis_fn": ("radial_basis", {"bernstein": "bernstein"}),
     "cutoff_fn": ("cutoff_function", {"phys": "polynomial", "cosine": "cosine"}),
@@ -56,15 +70,40 @@ _REQUIRED = {
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file can hold published parameters (by its ending; reading it decides)."""
-    return path.suffix == ".npz"
+    """Whether a file can hold published parameters (by its ending and, in an archive, the names; reading decides)."""
+    if path.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.startswith("feature_embeddings_0/") for name in archive.namelist())
+        except (OSError, zipfile.BadZipFile):
+            return False
+    return path.suffix == ".model"
+
+
+def stands_alone(path: Path) -> bool:
+    """Whether a published file can be read without another one beside it."""
+    return path.suffix != ".npz"
 
 
 def read(path: Path) -> SO3krates:
-    """Read published parameters: ``NAME_params.npz`` with ``NAME_hyperparameters.json`` beside it.
+    """Read published parameters, for the eight elements of SO3LR and singlets.
+
+    Args:
+        path: ``NAME_params.npz`` with ``NAME_hyperparameters.json`` beside it (the arrays of the JAX program by their
+            names), or the ``.model`` of the PyPI package so3krates-torch, a pickled module that is not loaded but read
+            through an allow-list.
 
     Raises `ValueError` if a file is damaged or is something else, `FileNotFoundError` if the second one is missing.
     """
+    options, tensors = from_port(read_module(path)) if path.suffix == ".model" else _arrays(path)
+    config = config_of(options)
+    model = build(config, translate(tensors, config))
+    if is_so3lr(model):
+        _say_what_energies_mean()
+    return model
+
+
+def _arrays(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     beside = path.with_name(path.stem.replace("params", "hyperparameters") + ".json")
     if beside.name == path.with_suffix(".json").name or not beside.is_file():
         raise FileNotFoundError(
@@ -75,9 +114,63 @@ def read(path: Path) -> SO3krates:
         options = json.loads(beside.read_text(encoding="utf-8"))
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise ValueError(f"modelPath: {path.name} or {beside.name} cannot be read ({error})") from error
-    return build(config_of(options), translate(tensors, config_of(options)))
+    return options, tensors
+
+
+@functools.cache
+def _say_what_energies_mean() -> None:
+    """Once per process."""
+    logger.warning(
+        "SO3LR was trained on forces: only differences between its energies at the same composition mean anything"
+    )
+
+
+def is_so3lr(model: Potential) -> bool:
+    """Whether a model is the published SO3LR, whatever file it came from (its long-range cutoff may be any)."""
+    if not isinstance(model, SO3krates):
+        return False
+    config = dataclasses.replace(model.config, long_range_cutoff=None)
+    return config == SO3kratesConfig(multiplicities=(1,)) and fingerprint(model) == FINGERPRINT
+
+
+def fingerprint(model: SO3krates) -> str:
+    """SHA-256 over all parameters in single precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def in_package() -> Path | None:
+    """The weights in the PyPI package so3krates-torch, if it is installed; the package is not imported."""
+    try:
+        spec = importlib.util.find_spec("so3krates_torch")
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        path = Path(folder) / "pretrained" / "so3lr" / "so3lr.model"
+        if path.is_file():
+            return path
+    return None
+
+
+SO3LR = PublishedModel(
+    name="so3lr",
+    family="so3krates",
+    url="https://raw.githubusercontent.com/tohenkes/So3krates-torch/main/src/so3krates_torch/pretrained/so3lr/"
+    "so3lr.model",
+    sha256="b5145564911ff983ed076ccb2bca5ce63454b74c9c8291092695463f1e6732be",
+    licence="MIT",
+    citation=CITATION,
+    domain="biomolecules and organic molecules of H C N O F P S Cl, charged or neutral, closed-shell, like PBE0+MBD; "
+    "trained on forces, so only differences of energies at the same composition mean anything",
+    find=in_package,
+    is_it=is_so3lr,
+    extra="so3lr",
+)
 
 
 def build(config: SO3kratesConfig, tensors: dict[str, Tensor]) -> SO3krates:
@@ -116,8 +209,8 @@ def config_of(options: dict[str, Any]) -> SO3kratesConfig:
 class _Source:
     """Published tensors by name, with an error for one that is missing, unsound or left over."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, Tensor], elements: tuple[int, ...]) -> None:
+        self.tensors, self.elements = tensors, list(elements)
         self.taken: set[str] = set()
 
     def take(self, name: str) -> Tensor:
@@ -136,10 +229,15 @@ class _Source:
             out[f"{ours}.bias"] = self.take(f"{theirs}/bias")
 
     def table(self, name: str) -> Tensor:
-        """A table by atomic number, filled up with zeros; a single column becomes a vector."""
+        """A table by atomic number, zero for other elements than the model's; a single column becomes a vector."""
         rows = self.take(name)
+        if len(rows) <= max(self.elements):
+            raise ValueError(f"modelPath: the file's table {name!r} ends before element {max(self.elements)}")
         rows = rows[:, 0] if rows.dim() == 2 and rows.shape[1] == 1 else rows
-        return torch.cat([rows, rows.new_zeros(Z_MAX + 1 - len(rows), *rows.shape[1:])])
+        # the published tables hold untrained numbers for all other elements
+        table = rows.new_zeros(Z_MAX + 1, *rows.shape[1:])
+        table[self.elements] = rows[self.elements]
+        return table
 
     def finish(self) -> None:
         left = sorted(set(self.tensors) - self.taken)
@@ -150,7 +248,7 @@ class _Source:
 def translate(tensors: dict[str, Tensor], c: SO3kratesConfig) -> dict[str, Tensor]:
     """Published names and shapes (of the JAX program) -> ours."""
     out: dict[str, Tensor] = {}
-    source = _Source(tensors)
+    source = _Source(tensors, c.elements)
     out["element_embedding"] = source.table("feature_embeddings_0/Embed_0/embedding")
     which = 1
     for ours, used in (("charge_embedding", c.use_charge_embed), ("spin_embedding", c.use_spin_embed)):
