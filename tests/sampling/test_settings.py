@@ -18,8 +18,9 @@ from openmm_mlff.sampling.settings import RunSettings, write_json
     [
         ("ensemble", "nph"), ("compile", "maybe"), ("precision", "half"), ("temperature", 0.0), ("temperature", -1),
         ("timestep", float("nan")), ("timestep", float("inf")), ("friction", 0), ("padding", -1.0),
-        ("long_range_cutoff", 0.0), ("steps", -1), ("steps", 1.5), ("steps", True), ("report_interval", 0),
-        ("checkpoint_interval", 0), ("seed", 0), ("seed", 2**31), ("threads", 0), ("max_force", "big"),
+        ("long_range_cutoff", 0.0), ("long_range_method", "p3m"), ("steps", -1), ("steps", 1.5), ("steps", True),
+        ("report_interval", 0), ("checkpoint_interval", 0), ("seed", 0), ("seed", 2**31), ("threads", 0),
+        ("max_force", "big"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
