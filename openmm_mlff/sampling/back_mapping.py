@@ -288,6 +288,7 @@ class _Attempt:
             reason = "energy"
         if reason:
             return reason, self.stage
+        self.stage = "equilibrated"
         self._context.setVelocitiesToTemperature(self._mapper.temperature, self._seed)
         self._dynamics(settings.restrained, settings.loose)
         self._dynamics(settings.free, 0.0)

@@ -20,6 +20,8 @@ from openmm_mlff.sampling.propagators import LatentState
 
 FORMAT = "openmm-mlff-led-checkpoint-1"
 _COUNTERS = ("frame", "rounds", "left", "since")
+#: settings that the first files do not name
+_LATER = ("solute", "superpose", "relaxation", "integrator")
 
 
 @dataclass
@@ -95,7 +97,18 @@ def write(path: str | Path, facts: Mapping[str, Any], arrays: Mapping[str, np.nd
     write_arrays(path, FORMAT, arrays, {"facts": dict(facts)})
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Facts and arrays; raises as `data.files.read_arrays` does."""
+def read(path: str | Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Facts and arrays of a checkpoint.
+
+    Args:
+        run: what the run must have in common with the one that wrote it.
+
+    Raises `ValueError` naming the setting that differs, and as `data.files.read_arrays` does.
+    """
     header, arrays = read_arrays(path, FORMAT, "a checkpoint of a LEDSimulation")
-    return header["facts"], arrays
+    facts: dict[str, Any] = header["facts"]
+    for name, value in run.items():
+        found = facts["run"].get(name, value if name in _LATER else None)
+        if found != value:
+            raise ValueError(f"path: expected a checkpoint with {name} {value}, got {found}")
+    return facts, arrays

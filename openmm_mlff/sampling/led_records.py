@@ -78,7 +78,7 @@ class LEDStatistics:
         retries: structures that were decoded beyond the first of a return. refused: reason -> structures.
         doubt_switches: returns before their time. doubtful_blocks: blocks of latent steps whose end was doubted.
         solvent_moved: molecules put elsewhere.
-        seconds: wall time by part: ``latent``, ``decode``, ``relax``, ``md``, ``encode``.
+        seconds: wall time by part: ``latent``, ``decode``, ``relax``, ``md``, ``encode``; no second is in two of them.
     """
 
     latent_frames: int = 0
@@ -125,10 +125,11 @@ class LEDStatistics:
             self.refused[reason] = self.refused.get(reason, 0) + 1
 
     @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the wall time of a block of code to one part."""
-        begin = time.perf_counter()
+    def timed(self, part: str, without: str = "") -> Iterator[None]:
+        """Add the wall time of a block of code to one part, less what the block adds to the part `without`."""
+        begin, other = time.perf_counter(), self.seconds.get(without, 0.0)
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+            spent = time.perf_counter() - begin - (self.seconds.get(without, 0.0) - other)
+            self.seconds[part] = self.seconds.get(part, 0.0) + spent

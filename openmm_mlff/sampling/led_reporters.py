@@ -135,6 +135,14 @@ class RoundReporter(_Table):
         super().__init__(path)
         self._before: dict[str, float] = {}
 
+    def open(self, simulation: LEDSimulation, saved: dict[str, Any] | None) -> None:
+        super().open(simulation, saved)
+        # a new file, or one of an older checkpoint: from here on
+        self._before = dict((saved or {}).get("seconds", simulation.statistics.seconds))
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"seconds": self._before}
+
     def _header(self, simulation: LEDSimulation) -> list[str]:
         fixed = ["walker", "frame", "time_ps", "latent_frames", "cause", "tries", "refused", "fallback"]
         energies = [f"{stage}_kJ_mol" for stage in self._ENERGIES]
@@ -252,4 +260,8 @@ class _XTC(_SoluteFile):
         self._file.writeModel(positions * unit.nanometer)
 
     def state(self) -> int:
-        return self._path.stat().st_size if self._path.is_file() else 0
+        if not self._path.is_file():
+            return 0
+        with open(self._path, "r+b") as file:
+            os.fsync(file.fileno())
+        return self._path.stat().st_size

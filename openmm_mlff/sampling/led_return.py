@@ -64,7 +64,7 @@ class Rebuilder:
             moved.append(len(inserted.moved))
             return inserted.positions
 
-        with self.statistics.timed("relax"):
+        with self.statistics.timed("relax", without="decode"):
             found = self.mapper.back_map(draw, seed, box=last.box, parameters=parameters, energy_limit=energy_limit)
         if found.found is None:
             return Rebuilt(None, found.reports, 0)

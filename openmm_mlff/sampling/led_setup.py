@@ -21,19 +21,24 @@ def bare(value: Any, in_unit: Any) -> Any:
     return value.value_in_unit(in_unit) if unit.is_quantity(value) else value
 
 
-def positive(name: str, value: Any, in_unit: Any) -> float:
-    """A positive number in OpenMM's unit, from a number or a Quantity; raises `ValueError` naming the argument."""
+def number(name: str, value: Any, in_unit: Any) -> Any:
+    """`bare`; raises `ValueError` naming the argument for a Quantity of another dimension."""
     try:
-        number = bare(value, in_unit)
+        return bare(value, in_unit)
     except TypeError as error:
         raise ValueError(f"{name}: expected a number or a quantity in {in_unit}, got {value}") from error
-    require_positive(name, number)
-    return float(number)
+
+
+def positive(name: str, value: Any, in_unit: Any) -> float:
+    """A positive number in OpenMM's unit, from a number or a Quantity; raises `ValueError` naming the argument."""
+    found = number(name, value, in_unit)
+    require_positive(name, found)
+    return float(found)
 
 
 def relaxation_settings(equilibration: float | unit.Quantity) -> RelaxationSettings:
     """The default ones with so many ps of dynamics, a quarter of it restrained."""
-    length = bare(equilibration, unit.picosecond)
+    length = number("equilibration", equilibration, unit.picosecond)
     if not 0 <= length < float("inf"):
         raise ValueError(f"equilibration: expected a time >= 0 (ps), got {equilibration!r}")
     return RelaxationSettings(restrained=0.25 * length, free=0.75 * length)

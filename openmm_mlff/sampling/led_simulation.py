@@ -18,9 +18,10 @@ Units are OpenMM's: nm, ps, kJ/mol, K; quantities are understood too.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,12 +252,18 @@ class LEDSimulation:
         at, stats = self._at, self.statistics
         assert at.latent is not None
         n = min(n, WATCH_EVERY) if self._watch else n
-        with stats.timed("latent"):
-            path, after = self.model.run(at.latent.select(walkers), n, at.random)
-            doubt = np.asarray(self.model.doubt(after)) if self._watch else np.full(len(walkers), np.nan)
-        self._check_latent(walkers, path)
-        # a comparison with NaN is false
-        doubtful = doubt > DOUBT
+        drawn = at.random.bit_generator.state
+        try:
+            with stats.timed("latent"):
+                path, after = self.model.run(at.latent.select(walkers), n, at.random)
+                doubt = np.asarray(self.model.doubt(after)) if self._watch else np.full(len(walkers), np.nan)
+        except BaseException:
+            # so that the same frames are made when it goes on
+            at.random.bit_generator.state = drawn
+            raise
+        self._check_latent(walkers, path, drawn)
+        # a doubt that is no number is no trust
+        doubtful = ~(doubt <= DOUBT) & self._watch
         kept = ~doubtful if self.micro_steps else np.ones(len(walkers), dtype=bool)
         everything = kept.all() and len(walkers) == self.n_walkers
         at.latent = after if everything else at.latent.replace(walkers[kept], after.select(kept))
@@ -285,6 +292,8 @@ class LEDSimulation:
         at, stats, phase = self._at, self.statistics, str(self._at.phase[k])
         if phase == MICRO and at.since[k] >= 0:
             self._return(k)
+            # a walker whose dynamics are stopped from here on has returned all the same
+            at.since[k] = -1
         # returns bring velocities with them, and one that stayed or fell back has those of its last MD
         new = phase == WARMUP and at.since[k] == 0
         seed = seed_for(self._seed, f"dynamics of walker {k}", int(at.frame[k]))
@@ -293,7 +302,7 @@ class LEDSimulation:
         positions, energies, walker = ran
         with stats.timed("encode"):
             z = np.asarray(self.model.encode(positions), dtype=np.float64)
-        self._check_latent(np.array([k]), z[None])
+        self._check_latent(np.array([k]), z[None], at.random.bit_generator.state)
         at.walkers[k], at.since[k] = walker, -1
         at.highest = max(at.highest, float(energies.max()))
         at.history[k].append(z)
@@ -347,20 +356,13 @@ class LEDSimulation:
     ) -> Return:
         at = self._at
         return Return(
-            walker=k,
-            frame=int(at.frame[k]),
-            latent_frames=int(at.since[k]),
-            cause=str(at.cause[k]),
-            tries=len(reports),
-            reasons=tuple(r.reason for r in reports if not r.accepted),
+            walker=k, frame=int(at.frame[k]), latent_frames=int(at.since[k]), cause=str(at.cause[k]),
+            tries=len(reports), reasons=tuple(r.reason for r in reports if not r.accepted),
             fallback=bool(reports) and not reports[-1].accepted,
             energies=dict(reports[-1].energies) if reports else {},
-            moved=reports[-1].moved if reports else float("nan"),
-            solvent_moved=moved,
-            z_decoded=z,
-            z_relaxed=np.asarray(self.model.encode(at.walkers[k].positions[self.solute][None])[0]),
-            seconds=seconds,
-        )
+            moved=reports[-1].moved if reports else float("nan"), solvent_moved=moved, z_decoded=z,
+            z_relaxed=np.asarray(self.model.encode(at.walkers[k].positions[self.solute][None])[0]), seconds=seconds,
+        )  # fmt: skip
 
     # -- reporters and checkpoints ---------------------------------------------------------------------------------
 
@@ -401,6 +403,8 @@ class LEDSimulation:
             "latent_dim": model.latent_dim, "interval": model.interval, "temperature": self.temperature,
             "timestep": self.integrator.getStepSize()._value, "macro_steps": self.macro_steps,
             "micro_steps": self.micro_steps, "warmup": self.warmup, "watch": self._watch,
+            "solute": self.solute.tolist(), "superpose": self.superpose,
+            "relaxation": dataclasses.asdict(self._relaxation), "integrator": type(self.integrator).__name__,
         }  # fmt: skip
 
     def loadCheckpoint(self, path: str | Path) -> None:
@@ -408,10 +412,7 @@ class LEDSimulation:
 
         Raises `FileNotFoundError`, or `ValueError` for a file that is damaged or of a run with other settings.
         """
-        facts, arrays = led_checkpoint.read(path)
-        for name, value in self._identity().items():
-            if facts["run"].get(name) != value:
-                raise ValueError(f"path: expected a checkpoint with {name} {value}, got {facts['run'].get(name)}")
+        facts, arrays = led_checkpoint.read(path, self._identity())
         self._set_reference(arrays["reference"])
         self._at = LEDState.unpack(facts, arrays)
         for name, value in facts["parameters"].items():
@@ -427,11 +428,12 @@ class LEDSimulation:
         if self._mapper is None:
             raise ValueError("positions: expected setPositions or loadCheckpoint before anything else")
 
-    def _check_latent(self, walkers: np.ndarray, path: np.ndarray) -> None:
-        """Stop if latent coordinates are not numbers; the state before them is saved."""
+    def _check_latent(self, walkers: np.ndarray, path: np.ndarray, drawn: Mapping[str, Any]) -> None:
+        """Stop if latent coordinates are not numbers; the state before them is saved, with the generator's, `drawn`."""
         wrong = np.flatnonzero(~np.isfinite(path).all(axis=(1, 2)))
         if len(wrong) == 0:
             return
+        self._at.random.bit_generator.state = drawn
         self._failure.mkdir(parents=True, exist_ok=True)
         target = self._failure / "before.checkpoint"
         self.saveCheckpoint(target)

@@ -96,10 +96,7 @@ class LatentRun:
 
     def loadCheckpoint(self, path: str | Path) -> None:
         """Go on bit for bit; raises `ValueError` for a checkpoint of a run with other settings."""
-        facts, arrays = led_checkpoint.read(path)
-        for name, value in self._identity().items():
-            if facts["run"].get(name) != value:
-                raise ValueError(f"path: expected a checkpoint with {name} {value}, got {facts['run'].get(name)}")
+        facts, arrays = led_checkpoint.read(path, self._identity())
         self.frame, self.doubtful, self.looks = (int(facts[n]) for n in ("frame", "doubtful", "looks"))
         self.random.bit_generator.state = facts["random"]
         memory = {n.removeprefix("memory/"): np.array(m) for n, m in arrays.items() if n.startswith("memory/")}

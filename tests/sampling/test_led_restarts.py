@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from openmm import unit
 
 from openmm_mlff.analysis.observables import dihedral
-from openmm_mlff.sampling import back_mapping, led_dynamics
+from openmm_mlff.data.files import read_arrays
+from openmm_mlff.sampling import back_mapping, led_checkpoint, led_dynamics
 from openmm_mlff.sampling.back_mapping import RelaxationSettings
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.led_records import MACRO
@@ -82,6 +84,85 @@ def test_a_resumed_run_goes_on_bit_for_bit(make_led: MakeLED, tmp_path: Path, cu
     assert rows[0] == rows[1] and len(rows[0]) == 1 + whole.statistics.returns
 
 
+def test_dynamics_that_are_stopped_after_a_return_do_not_return_again(
+    make_led: MakeLED, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the return and its dynamics: what follows is what would have been."""
+    whole, stopped, recorder = make_led(), make_led(), Recorder()
+    whole.step(16)
+    stopped.reporters.append(recorder)
+    stopped.step(10)  # the next frame is that of a return
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stopped._dynamics, "run", stop)
+        stopped.step(6)
+    assert stopped.frames.tolist() == [10] and len(recorder.returns) == 1
+    stopped.saveCheckpoint(tmp_path / "c")
+    resumed = make_led(start=False)
+    resumed.loadCheckpoint(tmp_path / "c")
+    for simulation in (stopped, resumed):
+        simulation.step(6)
+        same_state(whole, simulation)
+        assert simulation.statistics.returns == whole.statistics.returns
+    assert len(recorder.returns) == whole.statistics.returns
+
+
+def test_latent_steps_that_are_stopped_are_made_again(
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
+) -> None:
+    class Interrupted(TorsionModel):
+        stop_at = 3
+
+        def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
+            later = super().step(state, random)
+            self.stop_at -= 1
+            if self.stop_at == 0:
+                raise KeyboardInterrupt
+            return later
+
+    whole, stopped = make_led(), make_led(Interrupted(molecule.topology, relaxed))
+    whole.step(20)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.step(20)
+    assert stopped.frames.tolist() == [4]
+    stopped.step(16)
+    same_state(whole, stopped)
+
+
+def test_seconds_of_a_row_are_those_since_the_row_before_also_after_a_restart(
+    make_led: MakeLED, tmp_path: Path
+) -> None:
+    first = make_led()
+    first.reporters.append(RoundReporter(tmp_path / "rounds.csv"))
+    first.step(13)
+    first.statistics.seconds["md"] += 1000.0  # long ago
+    first.step(9)
+    first.saveCheckpoint(tmp_path / "c")
+    second = make_led(start=False)
+    second.loadCheckpoint(tmp_path / "c")
+    second.reporters.append(RoundReporter(tmp_path / "rounds.csv"))
+    second.step(9)
+    rows = np.genfromtxt(tmp_path / "rounds.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    assert len(rows) == 3 and rows["seconds_md"][1] > 1000.0
+    assert rows["seconds_md"][[0, 2]].max() < 500.0
+
+
+def test_no_second_is_counted_twice(make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray) -> None:
+    class Slow(TorsionModel):
+        def decode(self, z: np.ndarray, random: np.random.Generator) -> np.ndarray:
+            time.sleep(0.3)
+            return super().decode(z, random)
+
+    simulation, begin = make_led(Slow(molecule.topology, relaxed)), time.perf_counter()
+    simulation.step(11)
+    spent = simulation.statistics.seconds
+    assert spent["decode"] >= 0.3
+    assert sum(spent.values()) <= time.perf_counter() - begin
+
+
 def test_loading_takes_a_running_simulation_back(make_led: MakeLED, tmp_path: Path) -> None:
     simulation = make_led()
     simulation.reporters += reporters(tmp_path, "solute.xtc")
@@ -102,6 +183,14 @@ def test_loading_takes_a_running_simulation_back(make_led: MakeLED, tmp_path: Pa
     np.testing.assert_allclose(loaded.time, 0.2 * np.arange(1, 11), atol=1e-6)
 
 
+def _without_later_settings(path: Path, older: Path) -> None:
+    """The file as it was written before these settings were."""
+    header, arrays = read_arrays(path, led_checkpoint.FORMAT, "a checkpoint")
+    for name in ("solute", "superpose", "relaxation", "integrator"):
+        del header["facts"]["run"][name]
+    led_checkpoint.write(older, header["facts"], arrays)
+
+
 def test_other_settings_and_damaged_files_are_refused(make_led: MakeLED, tmp_path: Path) -> None:
     simulation = make_led()
     simulation.step(1)
@@ -110,6 +199,12 @@ def test_other_settings_and_damaged_files_are_refused(make_led: MakeLED, tmp_pat
         make_led(macro_steps=7).loadCheckpoint(tmp_path / "c")
     with pytest.raises(ValueError, match="expected a checkpoint with walkers 2, got 1"):
         make_led(n_walkers=2).loadCheckpoint(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"expected a checkpoint with relaxation .*'free': 0.5"):
+        make_led(relaxation=RelaxationSettings(free=0.5)).loadCheckpoint(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"expected a checkpoint with integrator Lang.*, got LangevinMiddle"):
+        make_led(integrator=openmm.LangevinIntegrator(300, 1, 0.004)).loadCheckpoint(tmp_path / "c")
+    _without_later_settings(tmp_path / "c", tmp_path / "old")
+    make_led().loadCheckpoint(tmp_path / "old")
     (tmp_path / "d").write_bytes((tmp_path / "c").read_bytes()[:1000])
     with pytest.raises(ValueError, match="d: expected a checkpoint of a LEDSimulation, but the file is damaged"):
         simulation.loadCheckpoint(tmp_path / "d")
@@ -184,7 +279,7 @@ def test_a_model_that_runs_away_is_saved_and_named(
         broken = True
 
         def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
-            z = state.z.copy()
+            z = state.z + 0.0 * random.normal(size=state.z.shape)
             z[-1] = np.nan if self.broken else 0.0
             return LatentState(z, state.memory)
 
@@ -194,6 +289,7 @@ def test_a_model_that_runs_away_is_saved_and_named(
         simulation.step(20)
     again = make_led(model, n_walkers=2, start=False)
     again.loadCheckpoint(tmp_path / "failure" / "before.checkpoint")
+    assert again._at.random.bit_generator.state == np.random.default_rng(0).bit_generator.state  # before the first draw
     model.broken = False
     again.step(3)
     assert again.frames.tolist() == [7, 7]
@@ -210,6 +306,7 @@ def test_a_model_that_runs_away_is_saved_and_named(
         ({"timestep": 1 * unit.nanometer}, "timestep: expected a number or a quantity in picosecond"),
         ({"temperature": 310.0}, "temperature: expected 300 K, at which the model was trained, got 310 K"),
         ({"temperature": -5.0}, "temperature: expected a positive number"),
+        ({"equilibration": 1 * unit.nanometer, "relaxation": None}, "equilibration: expected a number or a quantity"),
         ({"equilibration": -1.0, "relaxation": None}, "equilibration: expected a time >= 0"),
         ({"solute": [0, 99]}, "solute: expected indices from 0 to 21, got 99"),
         ({"solute": "resname XYZ"}, "solute: expected at least one atom"),

@@ -251,6 +251,16 @@ def test_a_model_that_doubts_everything_leaves_md_alone(
     assert kinetic > 10.0
 
 
+def test_a_doubt_that_is_no_number_is_doubt(make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray) -> None:
+    class Mute(TorsionModel):
+        def doubt(self, state: LatentState) -> np.ndarray:
+            return np.full(len(state), np.nan)
+
+    simulation = make_led(Mute(molecule.topology, relaxed))
+    simulation.step(13)
+    assert simulation.statistics.latent_frames == 0 < simulation.statistics.doubtful_blocks
+
+
 def test_without_watching_doubt_is_not_asked(make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray) -> None:
     simulation = make_led(Sinking(molecule.topology, relaxed), watch=False)
     simulation.step(40)
