@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
+# of the demo; so3lr also installs the package that carries its weights
+MODEL ?= spookynet-ala2-gfn2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve reproduce-led clean help
 
 help:
-	@echo "make demo       ML/MM simulation of capped alanine in water, results in .demo/"
+	@echo "make demo       ML/MM simulation of capped alanine in water, results in .demo/ (MODEL=so3lr: by SO3LR)"
 	@echo "make test       fast tests (make test-all: the slow ones too)"
 	@echo "make lint       ruff, mypy, import-linter (make format: let ruff rewrite)"
 	@echo "make benchmark  every figure of the README, JSON beside each script in benchmarks/"
@@ -43,8 +45,13 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) -e ".[train,label,analysis,crystals,led,dev]"
 	@touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo
-	$(BIN)/openmm-mlff demo --output .demo $(DEMO_ARGS)
+# weights only: the package is never imported
+$(VENV)/.so3lr: $(VENV)/.demo
+	$(INSTALL) -e ".[so3lr]"
+	@touch $@
+
+demo: $(VENV)/.demo $(if $(filter so3lr,$(MODEL)),$(VENV)/.so3lr)
+	$(BIN)/openmm-mlff demo --output .demo --model $(MODEL) $(DEMO_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
