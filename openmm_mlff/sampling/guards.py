@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -143,6 +144,18 @@ def save_failure(folder: str | Path, context: openmm.Context, topology: app.Topo
         with open(folder / "positions.pdb", "w", encoding="utf-8") as file:
             app.PDBFile.writeFile(topology, positions * unit.nanometer, file, keepIds=True)
     return folder
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A block that Ctrl-C does not cut in two: it takes effect when the block is over, a second one at once."""
+    stop = StopRequest()
+    try:
+        with stop:
+            yield
+    finally:
+        if stop.signal is not None:
+            signal.raise_signal(stop.signal)
 
 
 class StopRequest:

@@ -58,6 +58,13 @@ class LEDState:
             np.full(n, WARMUP, dtype=object), np.full(n, "start", dtype=object), [[] for _ in range(n)],
         )  # fmt: skip
 
+    def made(self, walkers: np.ndarray, n: int) -> np.ndarray:
+        """Count `n` frames of some walkers; returns their numbers, ``(len(walkers), n)``."""
+        numbers = self.frame[walkers, None] + np.arange(1, n + 1)
+        self.frame[walkers] += n
+        self.left[walkers] -= n
+        return numbers
+
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Plain data and arrays."""
         arrays = {

@@ -36,6 +36,20 @@ def positive(name: str, value: Any, in_unit: Any) -> float:
     return float(found)
 
 
+def start_positions(positions: Any, n_walkers: int, n_particles: int) -> np.ndarray:
+    """Positions of all walkers ``(n_walkers, n_particles, 3)`` nm, from theirs or from those of one; a copy.
+
+    Raises `ValueError` for another shape or numbers that are not finite.
+    """
+    values = np.asarray(number("positions", positions, unit.nanometer), dtype=np.float64)
+    every = (n_walkers, n_particles, 3)
+    if values.shape not in (every[1:], every):
+        raise ValueError(f"positions: expected shape {every[1:]} or {every}, got {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("positions: expected finite numbers, got NaN or infinity")
+    return np.array(np.broadcast_to(values, every))
+
+
 def relaxation_settings(equilibration: float | unit.Quantity) -> RelaxationSettings:
     """The default ones with so many ps of dynamics, a quarter of it restrained."""
     length = number("equilibration", equilibration, unit.picosecond)

@@ -38,13 +38,13 @@ from openmm_mlff.sampling.led_records import MACRO, MICRO, WARMUP, Frames, LEDSt
 from openmm_mlff.sampling.led_reporters import LEDReporter
 from openmm_mlff.sampling.led_return import Rebuilder
 from openmm_mlff.sampling.led_setup import (
-    bare,
     check_model,
     check_temperature,
     find_solute,
     make_integrator,
     positive,
     relaxation_settings,
+    start_positions,
 )
 from openmm_mlff.sampling.platforms import choose_platform
 from openmm_mlff.sampling.propagators import LatentState, Propagator, load_propagator
@@ -177,15 +177,9 @@ class LEDSimulation:
 
         Raises `ValueError` for another shape, numbers that are not finite, or a solute with clashes.
         """
-        values = np.asarray(bare(positions, unit.nanometer), dtype=np.float64)
-        n, size = self.n_walkers, self.system.getNumParticles()
-        if values.shape not in ((size, 3), (n, size, 3)):
-            raise ValueError(f"positions: expected shape {(size, 3)} or {(n, size, 3)}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ValueError("positions: expected finite numbers, got NaN or infinity")
+        start = start_positions(positions, self.n_walkers, self.system.getNumParticles())
         if box is None:
             box = np.array([v.value_in_unit(unit.nanometer) for v in self.system.getDefaultPeriodicBoxVectors()])
-        start = np.array(np.broadcast_to(values, (n, size, 3)))
         if self.system.usesPeriodicBoundaryConditions():
             for x in start:
                 x[self.solute] = whole(self.solute_topology, x[self.solute], box)
@@ -262,6 +256,15 @@ class LEDSimulation:
             at.random.bit_generator.state = drawn
             raise
         self._check_latent(walkers, path, drawn)
+        with guards.interrupts_held():
+            self._keep_latent(walkers, n, path, after, doubt)
+
+    def _keep_latent(
+        self, walkers: np.ndarray, n: int, path: np.ndarray, after: LatentState, doubt: np.ndarray
+    ) -> None:
+        """Go to the end of a block with the walkers whose end is trusted, and tell the reporters."""
+        at, stats = self._at, self.statistics
+        assert at.latent is not None
         # a doubt that is no number is no trust
         doubtful = ~(doubt <= DOUBT) & self._watch
         kept = ~doubtful if self.micro_steps else np.ones(len(walkers), dtype=bool)
@@ -271,10 +274,8 @@ class LEDSimulation:
         stats.latent_frames += n * int(kept.sum())
         stats.dropped_frames += n * int((~kept).sum())
         good, bad = walkers[kept], walkers[~kept]
-        numbers = at.frame[good, None] + np.arange(1, n + 1)
-        at.frame[good] += n
+        numbers = at.made(good, n)
         at.since[good] += n
-        at.left[good] -= n
         if len(good):
             seen = np.full((len(good), n), np.nan)
             seen[:, -1] = doubt[kept]
@@ -292,8 +293,6 @@ class LEDSimulation:
         at, stats, phase = self._at, self.statistics, str(self._at.phase[k])
         if phase == MICRO and at.since[k] >= 0:
             self._return(k)
-            # a walker whose dynamics are stopped from here on has returned all the same
-            at.since[k] = -1
         # returns bring velocities with them, and one that stayed or fell back has those of its last MD
         new = phase == WARMUP and at.since[k] == 0
         seed = seed_for(self._seed, f"dynamics of walker {k}", int(at.frame[k]))
@@ -302,19 +301,19 @@ class LEDSimulation:
         positions, energies, walker = ran
         with stats.timed("encode"):
             z = np.asarray(self.model.encode(positions), dtype=np.float64)
-        self._check_latent(np.array([k]), z[None], at.random.bit_generator.state)
-        at.walkers[k], at.since[k] = walker, -1
-        at.highest = max(at.highest, float(energies.max()))
-        at.history[k].append(z)
-        numbers = at.frame[k] + np.arange(1, n + 1)
-        at.frame[k] += n
-        at.left[k] -= n
-        stats.warmup_frames += n if phase == WARMUP else 0
-        stats.md_frames += n if phase == MICRO else 0
-        unknown = np.full((1, n), np.nan)
-        self._report(Frames(phase, np.array([k]), numbers[None], z[None], unknown, positions[None], energies[None]))
-        if at.left[k] == 0:
-            self._leave(k)
+        me = np.array([k])
+        self._check_latent(me, z[None], at.random.bit_generator.state)
+        with guards.interrupts_held():
+            at.walkers[k], at.since[k] = walker, -1
+            at.highest = max(at.highest, float(energies.max()))
+            at.history[k].append(z)
+            numbers = at.made(me, n)
+            stats.warmup_frames += n if phase == WARMUP else 0
+            stats.md_frames += n if phase == MICRO else 0
+            unknown = np.full((1, n), np.nan)
+            self._report(Frames(phase, me, numbers, z[None], unknown, positions[None], energies[None]))
+            if at.left[k] == 0:
+                self._leave(k)
 
     def _leave(self, k: int) -> None:
         """From MD to latent steps, with the memory that the frames of MD give."""
@@ -337,7 +336,7 @@ class LEDSimulation:
         at = self._at
         assert self._mapper is not None and at.latent is not None
         begin = time.perf_counter()
-        z, moved = at.latent.z[k].copy(), 0
+        z, moved, walker = at.latent.z[k].copy(), 0, at.walkers[k]
         reports: tuple[RelaxationReport, ...] = ()
         if at.since[k] > 0:
             seed = seed_for(self._seed, f"return of walker {k}", int(at.frame[k]))
@@ -345,11 +344,15 @@ class LEDSimulation:
             limit = at.highest + MARGIN * BOLTZMANN_KJ_PER_MOL * self.temperature
             found = rebuild(z, at.walkers[k], seed, dict(self.context.getParameters()), limit)
             reports, moved = found.reports, found.solvent_moved
-            at.walkers[k] = found.walker or at.walkers[k]
-        record = self._record(k, z, reports, moved, time.perf_counter() - begin)
-        self.statistics.count(record)
-        for reporter in self._reporters():
-            reporter.returned(self, record)
+            walker = found.walker or walker
+        with guards.interrupts_held():
+            at.walkers[k] = walker
+            record = self._record(k, z, reports, moved, time.perf_counter() - begin)
+            # whatever stops the dynamics that follow, the walker has returned
+            at.since[k] = -1
+            self.statistics.count(record)
+            for reporter in self._reporters():
+                reporter.returned(self, record)
 
     def _record(
         self, k: int, z: np.ndarray, reports: tuple[RelaxationReport, ...], moved: int, seconds: float

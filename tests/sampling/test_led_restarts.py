@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from openmm_mlff.data.files import read_arrays
 from openmm_mlff.sampling import back_mapping, led_checkpoint, led_dynamics
 from openmm_mlff.sampling.back_mapping import RelaxationSettings
 from openmm_mlff.sampling.guards import RunFailed
-from openmm_mlff.sampling.led_records import MACRO
+from openmm_mlff.sampling.led_records import MACRO, Frames, Return
 from openmm_mlff.sampling.led_reporters import BackMappedReporter, LatentReporter, LEDReporter, RoundReporter
 from openmm_mlff.sampling.led_simulation import LEDSimulation
 from openmm_mlff.sampling.propagators import LatentState
@@ -130,6 +131,41 @@ def test_latent_steps_that_are_stopped_are_made_again(
     assert stopped.frames.tolist() == [4]
     stopped.step(16)
     same_state(whole, stopped)
+
+
+@pytest.mark.parametrize("calls", [2, 3, 4])
+def test_ctrl_c_while_reporters_write_loses_no_frame(make_led: MakeLED, tmp_path: Path, calls: int) -> None:
+    """In latent steps, at a return and in dynamics: the block is finished first."""
+
+    class Pressed(Recorder):
+        left = calls
+
+        def frames(self, simulation: LEDSimulation, frames: Frames) -> None:
+            self.press()
+            super().frames(simulation, frames)
+
+        def returned(self, simulation: LEDSimulation, record: Return) -> None:
+            self.press()
+            super().returned(simulation, record)
+
+        def press(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    whole, stopped, pressed = make_led(), make_led(), Pressed()
+    for simulation, folder in ((whole, tmp_path / "whole"), (stopped, tmp_path / "stopped")):
+        simulation.reporters += [pressed] if simulation is stopped else []
+        simulation.reporters += reporters(folder)
+    whole.step(25)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.step(25)
+    stopped.step(25 - int(stopped.frames[0]))
+    same_state(whole, stopped)
+    assert [number for number, _ in pressed.of(0)] == list(range(1, 26))
+    texts = [(tmp_path / name / "latent.csv").read_text(encoding="utf-8") for name in ("whole", "stopped")]
+    assert texts[0] == texts[1]
+    assert len(pressed.returns) == whole.statistics.returns
 
 
 def test_seconds_of_a_row_are_those_since_the_row_before_also_after_a_restart(
