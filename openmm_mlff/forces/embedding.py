@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,10 @@ AddForces = Callable[..., None]
 
 @dataclass
 class Mixed:
-    """A mixed system, its topology (with link atoms), and for each old atom its new index."""
+    """A mixed system and its topology: the atoms that were there, in their order, and after them the link atoms."""
 
     system: openmm.System
     topology: app.Topology
-    old_to_new: list[int]
 
 
 def create_mixed_system(
@@ -86,7 +85,7 @@ def create_mixed_system(
     capped = copy.deepcopy(topology)
     plain = openmm.XmlSerializer.clone(system) if interpolate else None
     systems = [mixed] if plain is None else [plain, mixed]
-    caps, old_to_new = utilities.addLinkAtomSites(capped, systems, links, settings.link_atom_distances)
+    caps = add_caps(capped, systems, links, settings.link_atom_distances)
     region = [*atoms, *caps]
 
     spec = _region(add_forces, capped, region, group, model_arguments, surroundings.method, nonbonded)
@@ -101,7 +100,7 @@ def create_mixed_system(
         mixed.addForce(force)
     else:
         _interpolate(mixed, plain, force, topology, atoms, surroundings)
-    return Mixed(mixed, capped, old_to_new)
+    return Mixed(mixed, capped)
 
 
 def _region(
@@ -120,6 +119,67 @@ def _region(
     periodic = nonbonded.usesPeriodicBoundaryConditions()
     # a box in the topology means nothing to a force field without periodic boundaries
     return dataclasses.replace(ForceSpec.from_json(options), region="wrapped" if periodic else "open")
+
+
+# -- link atoms ------------------------------------------------------------------------------------------------------
+
+
+def add_caps(
+    topology: app.Topology, systems: list[openmm.System], links: list[tuple[int, int]], distances: Sequence[Any]
+) -> list[int]:
+    """Put a hydrogen without mass on every cut bond (ML atom, MM atom), at the end of topology and systems, in place.
+
+    As `openmmml.embeddings.utilities.addLinkAtomSites`, which refuses topologies whose virtual sites have no element.
+
+    Args:
+        distances: ``(i, j, distance)`` where it is not at the sum of the covalent radii; nm or Quantities.
+
+    Returns: the indices of the hydrogens.
+    """
+    if not links:
+        return []
+    hosts = [host for _, host in links]
+    if len(set(hosts)) < len(hosts):
+        twice = next(h for k, h in enumerate(hosts) if h in hosts[:k])
+        raise ValueError(
+            f"atoms: MM atom {twice} has bonds to two ML atoms; both their link atoms would be where it is"
+        )
+    given = {frozenset((i, j)): distance for i, j, distance in distances}
+    unknown = set(given) - {frozenset(link) for link in links}
+    if unknown:
+        raise ValueError(f"linkAtomDistances: expected cut bonds, got {sorted(min(unknown, key=sorted))}")
+    elements = [atom.element for atom in topology.atoms()]
+    chain, caps = topology.addChain(), []
+    for k, link in enumerate(links):
+        distance = given.get(frozenset(link))
+        if distance is None:
+            radii = utilities.COVALENT_RADII
+            distance = radii[elements[link[0]].atomic_number] + radii[1]
+        hydrogen = topology.addAtom(f"V{k}", app.element.hydrogen, topology.addResidue(f"V{k}", chain))
+        caps.append(hydrogen.index)
+        for system in systems:
+            site = openmm.LocalCoordinatesSite(link, [1.0, 0.0], [-1.0, 1.0], [0.0, 0.0], [distance, 0.0, 0.0])
+            system.setVirtualSite(system.addParticle(0.0), site)
+            _without_interactions(system)
+    return caps
+
+
+def _without_interactions(system: openmm.System) -> None:
+    """Enter the newest particle into the nonbonded forces."""
+    newest = system.getNumParticles() - 1
+    custom = [f for f in system.getForces() if isinstance(f, openmm.CustomNonbondedForce)]
+    plain = [f for f in system.getForces() if isinstance(f, openmm.NonbondedForce)]
+    for force in plain:
+        force.addParticle(0.0, 1.0, 0.0)
+    for force in custom:
+        force.addParticle([0.0] * force.getNumPerParticleParameters())
+    if custom:
+        # a custom force may act without parameters, and OpenMM wants the same exclusions of all
+        for i in range(newest):
+            for force in plain:
+                force.addException(i, newest, 0.0, 1.0, 0.0)
+            for force in custom:
+                force.addExclusion(i, newest)
 
 
 # -- the nonbonded force ---------------------------------------------------------------------------------------------

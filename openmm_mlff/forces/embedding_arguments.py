@@ -143,9 +143,7 @@ def check_forces(system: openmm.System) -> openmm.NonbondedForce:
         for k in range(getattr(nonbonded, f"getNum{what}ParameterOffsets")()):
             _, _, scale, _, _ = getattr(nonbonded, f"get{what}ParameterOffset")(k)
             if scale != 0.0:
-                raise ValueError(
-                    "system: expected fixed charges, got charges that depend on a parameter of the Context"
-                )
+                raise ValueError("system: expected fixed charges, got charges that depend on a global parameter")
     return nonbonded
 
 

@@ -44,10 +44,8 @@ def induced_dipoles(
         coupling = _tensors(r, torch.from_numpy(widths(alpha))).permute(0, 2, 1, 3).reshape(3 * len(active), -1)
         matrix = coupling + torch.diag(torch.from_numpy(np.repeat(1.0 / alpha, 3)))
         with torch.no_grad():
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if failed:
-                raise ValueError("polarizabilities: so large that the dipoles of the ML atoms grow without bound")
-            mu = torch.cholesky_solve(f.reshape(-1, 1), factor).reshape(-1)
+            # positive definite: Gaussian dipoles of these widths cannot polarise one another without end
+            mu = torch.cholesky_solve(f.reshape(-1, 1), torch.linalg.cholesky(matrix)).reshape(-1)
         # at the minimum, the derivative of U is that of its explicit dependence on R
         (gradient,) = torch.autograd.grad(0.5 * mu @ matrix @ mu, r)
     dipoles[active], forces[active] = mu.reshape(-1, 3).numpy(), -gradient.numpy()

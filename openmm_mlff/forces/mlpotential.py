@@ -148,7 +148,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
             _keep_molecules(topology, mixed.system, atoms, forceGroup)
         if not returnInfo:
             return mixed.system
-        return {"system": mixed.system, "topology": mixed.topology, "oldToNew": mixed.old_to_new}
+        old_to_new = list(range(topology.getNumAtoms()))
+        return {"system": mixed.system, "topology": mixed.topology, "oldToNew": old_to_new}
 
     def addForces(
         self,
