@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import mdtraj
@@ -80,3 +82,18 @@ def test_the_demo_runs(
 def test_a_bad_budget_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--output", str(tmp_path), "--seconds", "-1"]) == 1
     assert "seconds: expected a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_installs_what_a_model_needs(repository: Path) -> None:
+    def plan(*arguments: str) -> str:
+        # a folder that is not there, so that everything has to be made; -n only prints
+        command = ["make", "-n", "VENV=no-such-venv", "demo", *arguments]
+        return subprocess.run(command, cwd=repository, capture_output=True, encoding="utf-8", check=True).stdout
+
+    plain, so3lr = plan(), plan("MODEL=so3lr", "DEMO_ARGS=--seconds 5")
+    assert "--model spookynet-ala2-gfn2" in plain and "so3lr" not in plain
+    assert "--model so3lr --seconds 5" in so3lr
+    steps = [line.strip() for line in so3lr.splitlines()]
+    weights = next(k for k, line in enumerate(steps) if line.endswith('-c constraints.txt -e ".[so3lr]"'))
+    assert weights < next(k for k, line in enumerate(steps) if "openmm-mlff demo" in line)
