@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from openmm_mlff.cli._training_options import add_device, show_table
+
+if TYPE_CHECKING:
+    from openmm_mlff.data.structures import Structure
+    from openmm_mlff.potentials.potential import Potential
 
 DESCRIPTION = """\
 Compare a model with labels: MAE and RMSE of energies (per atom), forces, dipoles and charges, over all structures and
@@ -20,6 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--split", help="only this split of the datasets (train, valid, test)")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="where results are written (default: here)")
     parser.add_argument("--name", default="evaluation", help="first part of the results' names")
+    parser.add_argument("--long-range-cutoff", type=float, metavar="NM", help="for periodic structures")
+    parser.add_argument("--long-range-method", choices=("shifted", "ewald", "pme"), help="of their charges (shifted)")
     parser.add_argument("--precision", choices=("single", "double"), help="default: that of the model file")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     keys = ("formula", "charge", "multiplicity", "group")
@@ -48,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.precision is not None:
         model = model.to(torch.float64 if args.precision == "double" else torch.float32)
     structures, sources = load_labelled(args.data, args.split)
+    _set_long_range(model, args, structures)
     comparison = compare(model, structures)
     output = Path(args.output)
     title = f"{path.stem}: {', '.join(source['name'] for source in sources)}"
@@ -57,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         "model": {"file": path.name, "sha256": sha256_of(path)},
         "data": sources,
         "split": args.split,
+        "long_range_cutoff_angstrom": model.long_range_cutoff,
+        "long_range_method": model.long_range_method,
         "precision": "double" if model.dtype == torch.float64 else "single",
         "device": device.type,
         "seed": args.seed,
@@ -65,3 +76,17 @@ def run(args: argparse.Namespace) -> int:
     show_table(report, path.stem, tuple(args.by or ()))
     print(f"written: {output / f'{args.name}_errors.json'}, {output / f'{args.name}_parity.png'}")
     return 0
+
+
+def _set_long_range(model: Potential, args: argparse.Namespace, structures: Sequence[Structure]) -> None:
+    """Give the model the long-range terms that were asked for; raises `ValueError` where they are wrong."""
+    from openmm_mlff.forces.arguments import check_long_range_method, length
+
+    if args.long_range_cutoff is not None:
+        model.long_range_cutoff = length(args.long_range_cutoff)
+    if args.long_range_method is not None:
+        open_ones = any(structure.cell is None for structure in structures)
+        charge = max((structure.charge for structure in structures), key=abs, default=0)
+        model.long_range_method = check_long_range_method(
+            args.long_range_method, model, "open" if open_ones else "periodic", charge
+        )

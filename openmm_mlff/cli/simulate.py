@@ -184,6 +184,8 @@ def _started(settings: RunSettings, output: str, progress: bool) -> Simulation:
         # the message names the keyword that Python users know
         if str(error).startswith("longRangeCutoff"):
             raise ValueError(f"{error} (here: --long-range-cutoff 1.0, or --no-box)") from error
+        if str(error).startswith("longRangeMethod"):
+            raise ValueError(f"{error} (here: --long-range-method)") from error
         raise
 
 
