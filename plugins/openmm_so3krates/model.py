@@ -7,7 +7,7 @@ S slots for neighbours, F features, K radial functions, D degrees, M components 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from openmm_mlff.data.structures import Batch, Structure
+from openmm_mlff.data.structures import Batch, Structure, collate
+from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.potential import Potential, Prediction
 from openmm_so3krates.config import Z_MAX, SO3kratesConfig
 from openmm_so3krates.layers import (
@@ -106,6 +107,23 @@ class SO3krates(Potential):
                 f"numbers that training started from; expected 1, got {structure.multiplicity}"
             )
         super().check(structure)
+
+    def evaluator(
+        self,
+        batch: Batch | Structure | Sequence[Structure],
+        outputs: Sequence[str] = ("energy", "forces"),
+        compile: bool | str = False,
+    ) -> Evaluator:
+        """As in the base class; on the CPU, True and 'auto' run native code (see `fast.NativeEvaluator`)."""
+        from openmm_so3krates.fast import NativeEvaluator
+
+        if not isinstance(batch, Batch):
+            structures = [batch] if isinstance(batch, Structure) else list(batch)
+            for structure in structures:
+                self.check(structure)
+            # without pair lists: the evaluator makes its own
+            batch = collate(structures).to(device=self.device, dtype=self.dtype)
+        return NativeEvaluator(self, batch, outputs=tuple(outputs), compile=compile)
 
     # -- what atoms, charge and spin decide ------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ static inline void invariants(const real* v, real* out) {
     by_degree([&](int d, int m, int size) {
         real s = 0;
         for (int k = m; k < m + size; ++k) s += v[k] * v[k];
-        out[d] = s * real(1 / root(size));
+        out[d] = s * INVARIANT.value[d];
     });
 }
 

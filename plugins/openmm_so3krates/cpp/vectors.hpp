@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 typedef REAL real;
 
@@ -26,11 +27,36 @@ typedef real loose_vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(
 
 static inline vec load(const real* p) { return *reinterpret_cast<const loose_vec*>(p); }
 static inline void store(real* p, vec x) { *reinterpret_cast<loose_vec*>(p) = x; }
-static inline vec splat(real x) { return vec{} + x; }
+// x - 0 is x for every x, so that nothing is left of the subtraction
+static inline vec splat(real x) { return x - vec{}; }
+
+// lanes of a and b in turn, W at a time, from the lower or the upper halves of blocks of 2W
+template <int W, bool UPPER, size_t... I>
+static inline vec halves(vec a, vec b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, (I % (2 * W) < W ? I : I - W + LANES) + (UPPER ? W : 0)...);
+}
+
+// Sums over the lanes of LANES vectors, as the lanes of one; overwrites x.
+template <int W = LANES / 2>
+static inline vec totals(vec* x) {
+    for (int k = 0; k < W; ++k) {
+        const auto all = std::make_index_sequence<LANES>();
+        x[k] = halves<W, false>(x[k], x[k + W], all) + halves<W, true>(x[k], x[k + W], all);
+    }
+    if constexpr (W == 1)
+        return x[0];
+    else
+        return totals<W / 2>(x);
+}
+
+template <int W = LANES / 2>
 static inline real total(vec x) {
-    real s = 0;
-    for (int i = 0; i < LANES; ++i) s += x[i];
-    return s;
+    if constexpr (W == 0) {
+        return x[0];
+    } else {
+        const auto all = std::make_index_sequence<LANES>();
+        return total<W / 2>(x + halves<W, true>(x, x, all));
+    }
 }
 
 constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -42,6 +68,9 @@ public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
+    Buffer(Buffer&& other) noexcept : data_(other.data_), capacity_(other.capacity_) {
+        other.data_ = nullptr, other.capacity_ = 0;
+    }
     ~Buffer() { std::free(data_); }
     T* resize(size_t n) {
         if (n > capacity_) {

@@ -20,7 +20,7 @@ static inline void hermite(double x, double step, real* w) {
     w[11] = real((1.5 * x2 - 4 * x3 + 2.5 * x4) / step);
 }
 
-static inline void add_lattice(const double* cell, const real* shift, double* v) {
+static inline void add_lattice(const double* cell, const int16_t* shift, double* v) {
     for (int k = 0; k < 3; ++k) v[k] += shift[0] * cell[k] + shift[1] * cell[3 + k] + shift[2] * cell[6 + k];
 }
 

@@ -68,7 +68,7 @@ inline void Engine::refine_back(int t, int begin, int end, real* gx, real* work)
         real *g = &euclid_gradient[M * size_t(begin + i)], *after = &euclid_after[M * size_t(begin + i)];
         by_degree([&](int d, int first_m, int size) {
             const real gate = 1 + s.gate[D * size_t(begin + i) + d];
-            const real invariant = real(2 / root(size)) * out[i * EXCHANGE + F + d];
+            const real invariant = 2 * INVARIANT.value[d] * out[i * EXCHANGE + F + d];
             for (int k = first_m; k < first_m + size; ++k) after[k] = (any ? gate * g[k] : 0) + invariant * ev[k];
         });
     }
@@ -156,10 +156,25 @@ inline void Engine::attention_pairs_back(int t) {
                     for (int d = 0; d < D; ++d) sum[d] += g * load(layer.w[S1] + d * 2 * HIDDEN + k);
                 }
                 for (int d = 0; d < D; ++d)
-                    invariant_gradient[D * size_t(p) + d] = total(sum[d]) * real(2 / root(2 * DEGREE[d] + 1));
+                    invariant_gradient[D * size_t(p) + d] = total(sum[d]) * 2 * INVARIANT.value[d];
             }
         }
     });
+}
+
+// Gradient with respect to the Euclidean variables of atom i before a layer, which act through invariants of pairs.
+inline void Engine::euclid_back(int t, int i) {
+    const LayerState& s = state[t];
+    const real* mine = &s.euclid_in[M * size_t(i)];
+    real* g = &euclid_gradient[M * size_t(i)];
+    for (int k = 0; k < M; ++k) g[k] = euclid_after[M * size_t(i) + k];
+    for (int e = edge_start[i]; e < edge_start[i + 1]; ++e) {
+        const real* theirs = &s.euclid_in[M * size_t(edges[e].neighbor)];
+        const real* slope = &invariant_gradient[D * size_t(edges[e].pair >> 1)];
+        by_degree([&](int d, int m, int size) {
+            for (int k = m; k < m + size; ++k) g[k] += slope[d] * (mine[k] - theirs[k]);
+        });
+    }
 }
 
 // From the gradients after a layer's attention to those of its input: sums over neighbours, then projections.
@@ -204,17 +219,7 @@ inline void Engine::attention_atoms_back(int t, int begin, int end, real* gx, re
                 if (!f) store(out + 4 * F + c * LANES, v[c]);
             }
         }
-        if (!layer.spherical) continue;
-        const real* mine = &s.euclid_in[M * size_t(i)];
-        real* g = &euclid_gradient[M * size_t(i)];
-        for (int k = 0; k < M; ++k) g[k] = euclid_after[M * size_t(i) + k];
-        for (int e = edge_start[i]; e < edge_start[i + 1]; ++e) {
-            const real* theirs = &s.euclid_in[M * size_t(edges[e].neighbor)];
-            const real* slope = &invariant_gradient[D * size_t(edges[e].pair >> 1)];
-            by_degree([&](int d, int m, int size) {
-                for (int k = m; k < m + size; ++k) g[k] += slope[d] * (mine[k] - theirs[k]);
-            });
-        }
+        if (layer.spherical) euclid_back(t, i);
     }
     const int size = static_cast<int>(c.group), m = end - begin;
     std::memcpy(gx, &x_after[F * size_t(begin)], m * F * sizeof(real));
@@ -247,6 +252,17 @@ inline void Engine::backward(const real* charge_gradient, const real* ratio_grad
         attention_pairs_back(t);
     }
     if (c.initial_divisor == 0) return;
-    // Euclidean variables that start as neighbour averages
-    attention_atoms_of_first();
+    // Euclidean variables started as averages over neighbours
+    for (int i = 0; i < n; ++i) euclid_back(0, i);
+    const real scale = real(c.divisor / c.initial_divisor);
+    for (int p = 0; p < n_pairs; ++p) {
+        const real *gi = &euclid_gradient[M * size_t(a[p])], *gj = &euclid_gradient[M * size_t(b[p])];
+        by_degree([&](int d, int m, int size) {
+            for (int k = m; k < m + size; ++k) {
+                const real g = scale * (gi[k] + parity(d) * gj[k]);
+                harmonics_gradient[M * size_t(p) + k] += weight[p] * g;
+                distance_gradient[p] += weight_slope[p] * g * harmonics[M * size_t(p) + k];
+            }
+        });
+    }
 }

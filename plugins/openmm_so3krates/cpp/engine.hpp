@@ -34,6 +34,9 @@ enum LayerArray {
     LAYER_ARRAYS
 };
 
+// What long-range pairs add to an atom: energy, derivatives by charge and ratio, force.
+constexpr int LONG_SUMS = 6;
+
 struct Layer {
     const real* w[LAYER_ARRAYS];
     bool spherical;  // whether Euclidean variables are not all zero before this layer
@@ -88,7 +91,7 @@ struct Engine {
     bool first_projected = false;
     // lists
     std::vector<int32_t> first, second, long_first, long_second;
-    std::vector<real> shift, long_shift;  // in lattice vectors, (pairs, 3), or empty
+    std::vector<int16_t> shift, long_shift;  // in lattice vectors, (pairs, 3), or empty
     // pairs within the cutoff at the last geometry
     int n_pairs = 0;
     std::vector<int32_t> a, b, knot;
@@ -106,8 +109,10 @@ struct Engine {
     Buffer<real> charges, ratios, ratio_sign;
     Buffer<double> atom_energy;
     // long range
-    Buffer<double> long_sums;  // (chunks, N, 5)
-    Buffer<real> centred;
+    Buffer<double> long_sums;  // (chunks, N, LONG_SUMS)
+    int long_chunks = 0;
+    Buffer<real> polarisability;
+    Buffer<real> charge_gradient, ratio_gradient;
     std::vector<Scratch> scratch;
 
     real* memory(int thread, size_t n) { return scratch[thread].memory.resize(n); }
@@ -128,7 +133,10 @@ struct Engine {
     void refine_back(int t, int begin, int end, real* gx, real* work);
     void attention_pairs_back(int t);
     void attention_atoms_back(int t, int begin, int end, real* gx, real* work);
+    void euclid_back(int t, int i);
     void backward(const real* charge_gradient, const real* ratio_gradient);
+    void long_range(const double* positions, const double* cell);
+    void pull(const double* outside, real* charge_gradient, real* ratio_gradient);
     void forces(double* out);
     double repulsion(int pair, double& slope) const;
 };

@@ -20,6 +20,16 @@ constexpr double root(double x) {
     return r;
 }
 
+struct Factors {
+    real value[N_DEGREES];
+};
+constexpr Factors factors_of_invariants() {
+    Factors f{};
+    for (int d = 0; d < N_DEGREES; ++d) f.value[d] = real(1 / root(2 * DEGREE[d] + 1));
+    return f;
+}
+constexpr Factors INVARIANT = factors_of_invariants();  // I_l(v) = sum_m v_m^2 / sqrt(2l+1)
+
 // factors of (2l+1) harmonics; those of equal |m| differ only in their polynomial
 constexpr real N1 = root(3 / (4 * PI));
 constexpr real N2A = 0.5 * root(15 / PI), N2B = 0.25 * root(5 / PI), N2C = 0.25 * root(15 / PI);
