@@ -121,7 +121,9 @@ def unstable(
             # NaN spreads to every atom; the closest two are where it most likely began
             i, j, r = _closest(positions, cell)
             what += f", and on all others too; the closest atoms are {describe(i)} and {describe(j)} ({r / 10:.4f} nm)"
-    return InstabilityError(f"forces: {what} ({when}); the simulation is unstable", i)
+    # the first trial step of OpenMM's minimiser is a long one, which it takes back by itself
+    hint = " (of a minimiser: pass maxForce=None, or use running.without_force_limit)" if when == "step 0" else ""
+    return InstabilityError(f"forces: {what} ({when}); the simulation is unstable{hint}", i)
 
 
 def _closest(positions: np.ndarray, cell: np.ndarray | None) -> tuple[int, int, float]:

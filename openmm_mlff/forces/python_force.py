@@ -146,6 +146,7 @@ class ForceComputation:
         energies: of the last call that succeeded, one per copy, ``(replicas,)`` kJ/mol; None before it.
         error: the exception of the last call, without traceback objects; None after a call that succeeded. Its notes
             hold the traceback as text.
+        limited: whether forces above ``spec.max_force`` are an error; False while a minimiser tries steps.
         last_call: when it was called last (`time.monotonic`), 0 before the first call.
     """
 
@@ -162,6 +163,7 @@ class ForceComputation:
         self._evaluator: Evaluator | CopiesEvaluator | None = None
         self._cell: np.ndarray | None = None
         self._lock = threading.RLock()
+        self.limited = True
         self.last_call = 0.0
         _registry.setdefault(self.options, weakref.WeakSet()).add(self)
 
@@ -246,7 +248,7 @@ class ForceComputation:
         energies, forces = energies * KJ_PER_MOL_PER_EV, forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         if forces.shape != positions.shape:
             raise ValueError(f"forces: the model returned shape {forces.shape}, expected {positions.shape}")
-        limit = np.inf if self.spec.max_force is None else self.spec.max_force
+        limit = np.inf if self.spec.max_force is None or not self.limited else self.spec.max_force
         energy = float(energies.sum())
         # written so that NaN fails too
         if not (np.isfinite(energy) and np.abs(forces).max() <= limit):

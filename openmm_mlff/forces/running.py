@@ -6,7 +6,8 @@ So the computations of a system are those of this process that carry the same op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import openmm
@@ -29,6 +30,22 @@ def last_error(source: openmm.System | openmm.Force) -> BaseException | None:
     """
     called = computations(source)
     return called[0].error if called else None
+
+
+@contextmanager
+def without_force_limit(source: openmm.System | openmm.Force) -> Iterator[None]:
+    """Let the ML forces of a system be as large as they like meanwhile, as long as they are finite.
+
+    For minimisers: their first trial step may press atoms into one another, and they go back by themselves.
+    """
+    affected = computations(source)
+    for computation in affected:
+        computation.limited = False
+    try:
+        yield
+    finally:
+        for computation in affected:
+            computation.limited = True
 
 
 def interrupted(error: BaseException) -> bool:

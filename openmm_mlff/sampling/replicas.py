@@ -23,6 +23,7 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from openmm_mlff.forces import running
 from openmm_mlff.forces.python_force import ForceComputation
 from openmm_mlff.sampling.bookkeeping import degrees_of_freedom
 from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
@@ -179,7 +180,8 @@ class Replicas:
             tolerance: root-mean-square force on the particles of any one copy, kJ/mol/nm.
             max_iterations: 0 goes on until the tolerance is reached.
         """
-        openmm.LocalEnergyMinimizer.minimize(context, tolerance / np.sqrt(self.n), max_iterations, reporter)
+        with running.without_force_limit(self.system):
+            openmm.LocalEnergyMinimizer.minimize(context, tolerance / np.sqrt(self.n), max_iterations, reporter)
         return self.potential_energies(context)
 
     # -- what comes out --------------------------------------------------------------------------------------------

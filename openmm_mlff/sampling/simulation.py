@@ -234,7 +234,8 @@ class Simulation:
         if s.minimization_steps:
             reporter = MinimizationProgress(self._stop, s.minimization_steps, self._say if self._progress else None)
             try:
-                openmm.LocalEnergyMinimizer.minimize(context, 10.0, s.minimization_steps, reporter)
+                with running.without_force_limit(self._system):
+                    openmm.LocalEnergyMinimizer.minimize(context, 10.0, s.minimization_steps, reporter)
             except openmm.OpenMMException as error:
                 raise self._failed("minimize", 0, error) from error
             if self._stop:

@@ -256,6 +256,25 @@ def test_force_limit_of_the_user(small: MLPotential) -> None:
     forces_of(context_of(small.createSystem(topology_of(WATER), maxForce=1.1 * largest), WATER_POSITIONS))
 
 
+def test_minimiser_may_try_what_dynamics_may_not(small: MLPotential) -> None:
+    system = small.createSystem(topology_of(WATER), maxForce=1.0)
+    context = context_of(system, WATER_POSITIONS)
+    with pytest.raises(openmm.OpenMMException, match=r"exceeds the limit of 1 .*without_force_limit"):
+        openmm.LocalEnergyMinimizer.minimize(context, 10.0, 3)
+    with running.without_force_limit(system):
+        before = energy_of(context)
+        openmm.LocalEnergyMinimizer.minimize(context, 10.0, 3)
+        assert energy_of(context) < before
+    with pytest.raises(openmm.OpenMMException, match="exceeds the limit of 1 "):
+        energy_of(context)
+    # what is not a number is an error all the same
+    bad = WATER_POSITIONS.copy()
+    bad[1, 2] = np.nan
+    context.setPositions(bad)
+    with running.without_force_limit(system), pytest.raises(openmm.OpenMMException, match="atom 1"):
+        energy_of(context)
+
+
 def test_nan_of_the_model(small: MLPotential, monkeypatch: pytest.MonkeyPatch) -> None:
     original = SpookyNet.predict
 
