@@ -16,10 +16,12 @@ LED := benchmarks/led_mueller_brown_md.py benchmarks/led_mueller_brown.py benchm
 	benchmarks/led_reference.py benchmarks/led_ala2.py benchmarks/led_alternation.py \
 	benchmarks/led_trpcage.py benchmarks/led_speedup.py
 
+SO3KRATES := benchmarks/so3krates_ethanol.py benchmarks/so3lr_minima.py benchmarks/so3lr_stability.py
+
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve reproduce-led clean help
+.PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve reproduce-led reproduce-so3krates clean help
 
 help:
 	@echo "make demo       ML/MM simulation of capped alanine in water, results in .demo/ (MODEL=so3lr: by SO3LR)"
@@ -29,6 +31,7 @@ help:
 	@echo "make reproduce  label the data of the bundled model, train it and evaluate it (hours)"
 	@echo "make reproduce-cg-gdml       six-bead alanine from all-atom data to its landscape (2 hours on 4 cores)"
 	@echo "make reproduce-led           learned latent dynamics of Mueller-Brown, alanine and Trp-cage, from data to figures (hours)"
+	@echo "make reproduce-so3krates     SO3krates of ethanol against sGDML; minima and stable runs with SO3LR (hours)"
 	@echo "make cg-gdml-learning-curve  its error against the number of frames, beside neural networks (hours)"
 
 $(VENV)/.created:
@@ -70,7 +73,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED),$(wildcard benchmarks/[!_]*.py)); do \
+	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED) $(SO3KRATES),$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
 		test -z "$$failed" || { echo "not done:$$failed"; exit 1; }
 
@@ -88,6 +91,9 @@ cg-gdml-learning-curve: $(VENV)/.dev
 reproduce-led: $(VENV)/.dev
 	@set -e; for script in $(LED); do echo "== $$script"; \
 		$(BIN)/python $$script $$(test $$script = benchmarks/led_data.py && echo --time-limit 60); done
+
+reproduce-so3krates: $(VENV)/.dev
+	@set -e; for script in $(SO3KRATES); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -28,6 +28,17 @@ def published_checkpoint() -> Path:
     return PUBLISHED
 
 
+def so3lr_weights() -> Path:
+    """A file with the published weights of SO3LR; ends the script with a plain reason where there is none."""
+    from openmm_mlff.potentials.family import find_family, find_published
+
+    shared = SHARED / "models" / "so3lr_params.npz"
+    found = shared if shared.exists() else find_published(find_family("so3lr").published[0])
+    if found is None:
+        raise SystemExit("no weights of SO3LR: pip install so3krates-torch, or openmm-mlff models fetch so3lr")
+    return found
+
+
 def peptide(residues: int) -> Structure:
     """Ace-Ala_n-NMe (22, 62, 152 atoms for n = 1, 5, 14), or water for 0; built by rdkit with a fixed seed."""
     from rdkit import Chem

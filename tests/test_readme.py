@@ -12,7 +12,10 @@ import pytest
 
 from openmm_mlff import _plugins, cli
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md", "docs/gdml.md", "docs/led.md")
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md"),
+    *("docs/gdml.md", "docs/led.md", "docs/so3krates.md"),
+)
 
 
 def test_the_ten_lines_run(repository: Path) -> None:
