@@ -58,12 +58,13 @@ struct Box {
 
 // B-spline weights of one coordinate and their derivatives by the fractional grid coordinate
 struct Spline {
-    int64_t first;
+    int64_t index[ORDER];
     double value[ORDER], slope[ORDER], bend[ORDER];
     void set(double fractional, int64_t n) {
         const double t = (fractional - std::floor(fractional)) * n;
         const double whole = std::floor(t), w = t - whole;
-        first = static_cast<int64_t>(whole) % n;
+        const int64_t first = static_cast<int64_t>(whole);
+        for (int k = 0; k < ORDER; k++) index[k] = first + k < n ? first + k : first + k - n;
         double m[ORDER] = {1.0 - w, w};  // order 2
         double lower[ORDER] = {}, lowest[ORDER] = {};
         for (int order = 3; order <= ORDER; order++) {
@@ -185,16 +186,16 @@ void mm_spread(int64_t n, const int64_t* which, const double* positions, const d
             for (int axis = 0; axis < 3; axis++)
                 for (int x = 0; x < 3; x++) m[axis] += dipoles[3 * j + x] * inverse[3 * x + axis] * grid[axis];
         for (int u = 0; u < ORDER; u++) {
-            const int64_t x = (s[0].first + u) % grid[0];
+            const int64_t x = s[0].index[u];
             for (int v = 0; v < ORDER; v++) {
-                double* row = values + (x * grid[1] + (s[1].first + v) % grid[1]) * grid[2];
+                double* row = values + (x * grid[1] + s[1].index[v]) * grid[2];
                 double flat = charges[j] * s[0].value[u] * s[1].value[v], sloped = 0.0;
                 if (dipoles) {
                     flat += m[0] * s[0].slope[u] * s[1].value[v] + m[1] * s[0].value[u] * s[1].slope[v];
                     sloped = m[2] * s[0].value[u] * s[1].value[v];
                 }
                 for (int w = 0; w < ORDER; w++)
-                    row[(s[2].first + w) % grid[2]] += flat * s[2].value[w] + sloped * s[2].slope[w];
+                    row[s[2].index[w]] += flat * s[2].value[w] + sloped * s[2].slope[w];
             }
         }
     }
@@ -209,12 +210,12 @@ void mm_gather(int64_t n, const int64_t* which, const double* positions, const d
         splines(positions + 3 * j, inverse, grid, s);
         double sum = 0.0, d[3] = {}, h[6] = {};
         for (int u = 0; u < ORDER; u++) {
-            const int64_t x = (s[0].first + u) % grid[0];
+            const int64_t x = s[0].index[u];
             for (int v = 0; v < ORDER; v++) {
-                const double* row = values + (x * grid[1] + (s[1].first + v) % grid[1]) * grid[2];
+                const double* row = values + (x * grid[1] + s[1].index[v]) * grid[2];
                 double z0 = 0.0, z1 = 0.0, z2 = 0.0;
                 for (int w = 0; w < ORDER; w++) {
-                    const double value = row[(s[2].first + w) % grid[2]];
+                    const double value = row[s[2].index[w]];
                     z0 += value * s[2].value[w];
                     z1 += value * s[2].slope[w];
                     if (second) z2 += value * s[2].bend[w];
