@@ -20,6 +20,7 @@ from openmm_mlff.analysis.observables import backbone_torsions
 from openmm_mlff.data.structures import formula
 from openmm_mlff.forces.running import computations
 from openmm_mlff.sampling.settings import RunSettings
+from openmm_mlff.sampling.structure_checks import whole
 
 WATER = frozenset({"HOH", "WAT", "TIP3", "TP3", "SOL", "H2O"})
 #: nm; direct-space cutoff of the force field where the box is large enough for it.
@@ -194,6 +195,8 @@ def _model_options(settings: RunSettings) -> dict[str, Any]:
 
 
 def _all_learned(settings: RunSettings, topology: app.Topology, positions: np.ndarray) -> BuiltSystem:
+    if settings.ensemble == "npt" and topology.getPeriodicBoxVectors() is not None:
+        positions = _with_molecules(topology, positions)
     system = _potential(settings).createSystem(topology, removeCMMotion=False, **_model_options(settings))
     _add_motion_remover(system)
     return BuiltSystem(system, topology, positions, list(range(topology.getNumAtoms())))
@@ -212,6 +215,37 @@ def _mixed(settings: RunSettings, topology: app.Topology, positions: np.ndarray,
     if links:
         everywhere = _place_virtual_sites(system, everywhere)
     return BuiltSystem(system, mixed_topology, everywhere, [*region, *links])
+
+
+def _with_molecules(topology: app.Topology, positions: np.ndarray) -> np.ndarray:
+    """Molecules in one piece, as the barostat moves them; bonds by distance where the input names none.
+
+    What hangs together throughout the box (a crystal) gets no bonds and is scaled atom by atom.
+    """
+    box = np.array(topology.getPeriodicBoxVectors().value_in_unit(unit.nanometer))
+    atoms = list(topology.atoms())
+    numbers = _numbers(topology)
+    if topology.getNumBonds() == 0 and (numbers > 0).all():
+        pairs = bonds_by_distance(numbers, positions * 10.0, range(len(atoms)), box * 10.0)
+        if len(_parts(len(atoms), pairs)) > 1:
+            for a, b in pairs:
+                topology.addBond(atoms[a], atoms[b])
+    return whole(topology, positions, box)
+
+
+def _parts(n: int, pairs: Sequence[tuple[int, int]]) -> set[int]:
+    """One atom of every set of `n` atoms that `pairs` connect."""
+    root = list(range(n))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for a, b in pairs:
+        root[find(a)] = find(b)
+    return {find(i) for i in range(n)}
 
 
 def _place_virtual_sites(system: openmm.System, positions: np.ndarray) -> np.ndarray:
@@ -247,15 +281,24 @@ def _bonds(built: BuiltSystem) -> list[tuple[int, int]]:
     return [(a, b) for a, b in bonds_by_distance(_numbers(built.topology), built.positions * 10.0, sorted(region))]
 
 
-def bonds_by_distance(numbers: np.ndarray, positions: np.ndarray, atoms: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of `atoms` closer than 1.25 times the sum of their covalent radii; positions in angstrom, not wrapped."""
+def bonds_by_distance(
+    numbers: np.ndarray, positions: np.ndarray, atoms: Sequence[int], box: np.ndarray | None = None
+) -> list[tuple[int, int]]:
+    """Pairs of `atoms` closer than 1.25 times the sum of their covalent radii; positions in angstrom.
+
+    Of their nearest images if there is a `box` (vectors as rows in OpenMM's reduced form, angstrom).
+    """
     from ase.data import covalent_radii
 
     index = np.asarray(atoms)
     radii, where = covalent_radii[numbers[index]], positions[index]
     found = []
     for k in range(len(index) - 1):
-        distance = np.linalg.norm(where[k + 1 :] - where[k], axis=1)
+        apart = where[k + 1 :] - where[k]
+        if box is not None:
+            for axis in (2, 1, 0):
+                apart = apart - np.rint(apart[:, axis] / box[axis, axis])[:, None] * box[axis]
+        distance = np.linalg.norm(apart, axis=1)
         partners = np.flatnonzero(distance < 1.25 * (radii[k + 1 :] + radii[k])) + k + 1
         found += [(int(index[k]), int(index[m])) for m in partners]
     return found
