@@ -9,6 +9,7 @@ import numpy as np
 from openmm_mlff.potentials.neighbors import COINCIDENT
 
 Describe = Callable[[int], str]
+MINIMISER_HINT = " (of a minimiser: pass maxForce=None, or use running.without_force_limit)"
 
 
 class InstabilityError(RuntimeError):
@@ -122,7 +123,7 @@ def unstable(
             i, j, r = _closest(positions, cell)
             what += f", and on all others too; the closest atoms are {describe(i)} and {describe(j)} ({r / 10:.4f} nm)"
     # the first trial step of OpenMM's minimiser is a long one, which it takes back by itself
-    hint = " (of a minimiser: pass maxForce=None, or use running.without_force_limit)" if when == "step 0" else ""
+    hint = MINIMISER_HINT if when == "step 0" else ""
     return InstabilityError(f"forces: {what} ({when}); the simulation is unstable{hint}", i)
 
 

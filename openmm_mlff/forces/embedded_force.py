@@ -114,7 +114,7 @@ class EmbeddedComputation(ForceComputation):
                     raise
                 raise same_place from error
         energy, forces = energy * KJ_PER_MOL_PER_EV, forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
-        limit = np.inf if region.max_force is None else region.max_force
+        limit = np.inf if region.max_force is None or not self.limited else region.max_force
         if not (np.isfinite(energy) and np.abs(forces).max() <= limit):
             raise self._blown_up(energy, forces, positions, sites, limit, _when(state))
         self.energies = np.array([energy])
@@ -164,10 +164,11 @@ class EmbeddedComputation(ForceComputation):
         here = np.flatnonzero(atoms == int(worst.argmax()))
         i = int(here[0]) if len(here) else len(atoms) + int(worst.argmax())
         nearest = np.linalg.norm(positions[self.particle(i)] - np.delete(positions, self.particle(i), 0), axis=1).min()
+        hint = checks.MINIMISER_HINT if when == "step 0" else ""
         return checks.InstabilityError(
             f"forces: {np.array2string(forces[self.particle(i)], precision=4)} kJ/mol/nm on {self.describe(i)}, "
             f"{nearest / 10:.4f} nm from another particle; allowed are {limit:.3g}; the energy is {energy:.6g} kJ/mol "
-            f"({when}); the simulation is unstable",
+            f"({when}); the simulation is unstable{hint}",
             i,
         )
 
