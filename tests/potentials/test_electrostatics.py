@@ -234,7 +234,8 @@ class Responsive(Potential):
 
 
 @pytest.mark.skipif(not compilation.compiler_found(), reason="no C++ compiler (g++ or clang++)")
-@pytest.mark.parametrize("method", ["ewald", pytest.param("pme", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_compiled(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One graph while a barostat moves the box a little."""
     monkeypatch.setenv("OPENMM_MLFF_CACHE", str(tmp_path))
