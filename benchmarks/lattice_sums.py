@@ -95,7 +95,7 @@ def timed(energy: Energy, batch: Batch, charges: Tensor, repeats: int) -> tuple[
 
 
 def candidates(batch: Batch) -> dict[str, Energy]:
-    """Every way to the sum whose library is installed; meshes and wave vectors as fine as the same accuracy needs."""
+    """Every way to the sum whose library is installed; meshes and wave vectors of about the same fineness."""
     assert batch.cell is not None
     edge = float(batch.cell[0, 0, 0])
     ways = {"openmm-mlff ewald": ours(batch, "ewald"), "openmm-mlff pme": ours(batch, "pme")}

@@ -148,6 +148,22 @@ def test_images_and_other_vectors_of_the_same_lattice() -> None:
         torch.testing.assert_close(other, energy, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_atoms_that_have_wandered_off(method: str) -> None:
+    """Some boxes away, single precision is as good as its coordinates are (steps of 8e-6 angstrom at 100 angstrom)."""
+    batch, charges = box(20, TRICLINIC, 9)
+    whole = torch.tensor(np.random.default_rng(1).integers(-9, 10, (20, 3)) @ TRICLINIC)
+    results = []
+    for positions in (batch.positions, batch.positions + whole):
+        single = batch.replace(positions=positions).to(dtype=torch.float32)
+        r = single.positions.requires_grad_(True)
+        energy = smeared_lattice_energy(charges.float(), single.at(r, single.cell), 4.0, method, COULOMB)
+        results.append((energy.detach(), torch.autograd.grad(energy.sum(), r)[0]))
+    (near, near_force), (far, far_force) = results
+    torch.testing.assert_close(far, near, rtol=0, atol=2e-5)
+    torch.testing.assert_close(far_force, near_force, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("sigma", [3.0, 4.0])
 def test_mesh_is_as_good_as_single_precision(sigma: float) -> None:
     """Forces and potentials of charges without any order, the worst case, in a box of many mesh cells."""
