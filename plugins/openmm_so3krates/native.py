@@ -103,7 +103,7 @@ class Weights:
         self.types[elements] = np.arange(len(elements))
         size = math.lcm(c.num_features // c.num_heads, c.num_features // len(c.degrees), lanes)
         self.group = size if c.num_features % size == 0 else c.num_features
-        self.knots = tables.KNOTS[model.dtype]
+        self.knots = tables.filter_knots(model, model.dtype)
         self.spherical = [t > 0 or c.initial_euclidean != "zeros" for t in range(c.num_layers)]
         layers = [self._layer(exact, t) for t in range(c.num_layers)]
         self.layers = np.array(layers, dtype=np.uintp)
@@ -225,7 +225,7 @@ class Weights:
     def _pairs(self, model: SO3krates, elements: list[int], electrostatics: bool) -> dict[str, Any]:
         """Repulsion, electrostatics and dispersion."""
         z = torch.tensor(elements, dtype=torch.float64)
-        table = tables.long_range_table(model, electrostatics)
+        table = tables.long_range_table(model, electrostatics, self.dtype)
         free = torch.ones(len(elements), 2, dtype=torch.float64)
         if model.dispersion is not None:
             alpha, c6 = model.dispersion.free_atoms(torch.tensor(elements), torch.float64)

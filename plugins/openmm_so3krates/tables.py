@@ -13,12 +13,19 @@ from openmm_so3krates.layers import Filter, Layer
 from openmm_so3krates.model import SO3krates
 from openmm_so3krates.terms import COULOMB, switch_off
 
-#: intervals per filter: the polynomials then differ from the networks by less than rounding in that precision
-KNOTS = {torch.float32: 256, torch.float64: 2048}
-#: angstrom, of the tables of long-range functions
-LONG_STEP = 0.02
+#: intervals per angstrom for 32 radial functions: the polynomials then differ from the networks by less than rounding
+KNOTS_PER_ANGSTROM = {torch.float32: 28.0, torch.float64: 224.0}
+#: angstrom, of the tables of long-range functions where a switch is two angstroms long or longer
+LONG_STEP = {torch.float32: 0.02, torch.float64: 0.005}
 #: of sigma: from here on erf(r / sigma) is 1 in double precision
 BARE_FROM = 6.5
+
+
+def filter_knots(model: SO3krates, dtype: torch.dtype) -> int:
+    """Number of intervals of the model's filter tables for evaluation in a precision."""
+    # features of Bernstein polynomials are as wide as 1/sqrt(K)
+    width = math.sqrt(max(1.0, model.config.num_basis_functions / 32))
+    return math.ceil(KNOTS_PER_ANGSTROM[dtype] * width * model.cutoff)
 
 
 def hermite_table(function: Callable[[Tensor], Tensor], knots: Tensor, step: float) -> Tensor:
@@ -55,14 +62,15 @@ def filter_table(model: SO3krates, layer: int, knots: int, without_euclidean: bo
     return hermite_table(radial, places, model.cutoff / knots)
 
 
-def long_range_table(model: SO3krates, electrostatics: bool) -> Tensor:
-    """V(r) in 1/angstrom and the switch of the dispersion, ``(K, 3, 2)`` float64, in steps of `LONG_STEP`.
+def long_range_table(model: SO3krates, electrostatics: bool, dtype: torch.dtype) -> Tensor:
+    """V(r) in 1/angstrom and the switch of the dispersion, ``(K, 3, 2)`` float64, in steps of about `LONG_STEP`.
 
-    `electrostatics` False leaves V out (zero).
+    `electrostatics` False leaves V out (zero); `dtype` is the precision of the evaluation.
     """
     limit, sigma = model.long_range_cutoff, model.config.electrostatic_sigma
     end = BARE_FROM * sigma if limit is None else limit
-    n = int(end / LONG_STEP) + 1
+    shortest = min(model.config.dispersion_damping or 2.0, 2.0) if limit is not None else 2.0
+    n = int(end / (LONG_STEP[dtype] * 0.5 * shortest)) + 1
     knots = torch.linspace(0.0, end, n + 1, dtype=torch.float64)
     if limit is not None:
         # the curvature at the end is that before it; behind it everything is zero

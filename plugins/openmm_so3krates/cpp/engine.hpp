@@ -132,6 +132,8 @@ struct Engine {
     void heads_back(int begin, int end, const real* charge_gradient, const real* ratio_gradient, real* gx, real* work);
     void refine_back(int t, int begin, int end, real* gx, real* work);
     void attention_pairs_back(int t);
+    template <int FILTER>
+    void neighbour_sums(const LayerState& s, int i, real* out) const;
     void attention_atoms_back(int t, int begin, int end, real* gx, real* work);
     void euclid_back(int t, int i);
     void backward(const real* charge_gradient, const real* ratio_gradient);

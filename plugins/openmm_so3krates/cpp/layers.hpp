@@ -7,41 +7,48 @@
 
 constexpr real NORM_EPSILON = real(1e-6);
 
+constexpr bool WHOLE_HEADS = WIDTH_X % LANES == 0 && WIDTH_E % LANES == 0;
+constexpr int COEFFICIENT_SUMS = rounded_up(2 * COEFFICIENTS, LANES);
+
+// Sums over the lanes of N vectors; x has room for whole groups of LANES, and is overwritten.
+template <int N>
+static inline void store_totals(vec* x, real* out) {
+    for (int k = 0; k < N; k += LANES) {
+        const vec sums = totals(x + k);
+        if (k + LANES <= N)
+            store(out + k, sums);
+        else
+            for (int i = k; i < N; ++i) out[i] = sums[i - k];
+    }
+}
+
 // sum over one head of x y z; W numbers
 template <int W>
 static inline real triple(const real* x, const real* y, const real* z) {
-    if constexpr (W % LANES == 0) {
-        vec s = {};
-        for (int k = 0; k < W; k += LANES) s += load(x + k) * load(y + k) * load(z + k);
-        return total(s);
-    } else {
-        real s = 0;
-        for (int k = 0; k < W; ++k) s += x[k] * y[k] * z[k];
-        return s;
-    }
+    real s = 0;
+    for (int k = 0; k < W; ++k) s += x[k] * y[k] * z[k];
+    return s;
 }
 
 template <int W>
 static inline real dot(const real* x, const real* y) {
-    if constexpr (W % LANES == 0) {
-        vec s = {};
-        for (int k = 0; k < W; k += LANES) s += load(x + k) * load(y + k);
-        return total(s);
-    } else {
-        real s = 0;
-        for (int k = 0; k < W; ++k) s += x[k] * y[k];
-        return s;
+    real s = 0;
+    for (int k = 0; k < W; ++k) s += x[k] * y[k];
+    return s;
+}
+
+// degree by degree: f(d, first component, number of components), all three known when this is compiled
+template <int K = 0, class G>
+static inline void by_degree(G&& f) {
+    if constexpr (K < D) {
+        f(std::integral_constant<int, K>(), std::integral_constant<int, components_before(K)>(),
+          std::integral_constant<int, 2 * DEGREE[K] + 1>());
+        by_degree<K + 1>(f);
     }
 }
 
-// degree by degree: f(d, first component, number of components)
-template <class G>
-static inline void by_degree(G&& f) {
-    for (int d = 0, m = 0; d < D; m += 2 * DEGREE[d] + 1, ++d) f(d, m, 2 * DEGREE[d] + 1);
-}
-
 static inline void invariants(const real* v, real* out) {
-    by_degree([&](int d, int m, int size) {
+    by_degree([&](auto d, auto m, auto size) {
         real s = 0;
         for (int k = m; k < m + size; ++k) s += v[k] * v[k];
         out[d] = s * INVARIANT.value[d];
@@ -49,15 +56,28 @@ static inline void invariants(const real* v, real* out) {
 }
 
 // parity of the harmonics of a degree: Y(-u) = (-1)^l Y(u)
-static inline real parity(int d) { return DEGREE[d] & 1 ? real(-1) : real(1); }
+constexpr real parity(int d) { return DEGREE[d] & 1 ? real(-1) : real(1); }
 
 // sum_t basis_t table_t: both filters, 2F numbers
 static inline void radial(const real* row, const real* basis, real* out) {
+    vec weight[2 * TABLE_TERMS];
+    for (int t = 0; t < 2 * TABLE_TERMS; ++t) weight[t] = splat(basis[t]);
     for (int c = 0; c < 2 * F; c += LANES) {
-        vec s = basis[0] * load(row + c);
-        for (int t = 1; t < 2 * TABLE_TERMS; ++t) s += basis[t] * load(row + 2 * F * t + c);
+        vec s = weight[0] * load(row + c);
+        for (int t = 1; t < 2 * TABLE_TERMS; ++t) s += weight[t] * load(row + 2 * F * t + c);
         store(out + c, s);
     }
+}
+
+// Products q w k of one filter, head by head, in both directions, before their lanes are summed.
+template <int W>
+static inline void coefficients(const real* qa, const real* qb, const real* w, int heads, vec* ab, vec* ba) {
+    for (int h = 0; h < heads; ++h)
+        for (int k = h * W; k < (h + 1) * W; k += LANES) {
+            const vec filter = load(w + k);
+            ab[h] += load(qa + k) * filter * load(qb + 2 * F + k);
+            ba[h] += load(qb + k) * filter * load(qa + 2 * F + k);
+        }
 }
 
 inline void Engine::project(const Layer& layer, const real* x, int m, real* out) const {
@@ -73,13 +93,15 @@ inline void Engine::attention_pairs(int t) {
     const Layer& layer = layers[t];
     LayerState& s = state[t];
     s.alpha.resize(2 * COEFFICIENTS * size_t(n_pairs));
-    s.filter.resize(2 * F * size_t(n_pairs));
+    if (t > 0) s.filter.resize(2 * F * size_t(n_pairs));
     if (layer.spherical) s.slope_filter.resize(2 * HIDDEN * size_t(n_pairs));
     for_each(threads, pair_tasks(), [&](int, int task) {
         const int stop = std::min(n_pairs, (task + 1) * PAIRS_PER_TASK);
         for (int begin = task * PAIRS_PER_TASK; begin < stop; begin += PAIR_BLOCK) {
             const int m = std::min(PAIR_BLOCK, stop - begin);
-            real* w = &s.filter[2 * F * size_t(begin)];
+            // the way back needs the filters for queries, keys and values, which are constant in the first layer
+            alignas(64) real constant[PAIR_BLOCK * 2 * F];
+            real* w = t > 0 ? &s.filter[2 * F * size_t(begin)] : constant;
             for (int p = begin; p < begin + m; ++p)
                 radial(layer.w[TABLE] + size_t(knot[p]) * TABLE_TERMS * 2 * F, &basis[12 * size_t(p)],
                        w + 2 * F * (p - begin));
@@ -104,6 +126,13 @@ inline void Engine::attention_pairs(int t) {
             for (int p = begin; p < begin + m; ++p, w += 2 * F) {
                 const real *qa = &s.projected[5 * F * size_t(a[p])], *qb = &s.projected[5 * F * size_t(b[p])];
                 real *ab = &s.alpha[2 * COEFFICIENTS * size_t(p)], *ba = ab + COEFFICIENTS;
+                if constexpr (WHOLE_HEADS) {
+                    vec sums[COEFFICIENT_SUMS] = {};
+                    coefficients<WIDTH_X>(qa, qb, w, H, sums, sums + COEFFICIENTS);
+                    coefficients<WIDTH_E>(qa + F, qb + F, w + F, D, sums + H, sums + COEFFICIENTS + H);
+                    store_totals<2 * COEFFICIENTS>(sums, ab);
+                    continue;
+                }
                 for (int h = 0, k = 0; h < H; ++h, k += WIDTH_X) {
                     ab[h] = triple<WIDTH_X>(qa + k, w + k, qb + 2 * F + k);
                     ba[h] = triple<WIDTH_X>(qb + k, w + k, qa + 2 * F + k);
@@ -139,7 +168,7 @@ inline void Engine::attention_atoms(int t, int, int begin, int end) {
                 for (int k = 0; k < F / LANES; ++k) sum[k] += load(spread + k * LANES) * load(v + k * LANES);
             }
             const real* y = &harmonics[M * size_t(p)];
-            by_degree([&](int d, int m, int size) {
+            by_degree([&](auto d, auto m, auto size) {
                 const real f = w * alpha[H + d] * (second_end ? parity(d) : real(1));
                 for (int k = m; k < m + size; ++k) ev[k] += f * y[k];
             });
@@ -206,7 +235,7 @@ inline void Engine::refine(int t, int, int begin, int end, real* x, real* work) 
     real* next = t + 1 < int(layers.size()) ? &state[t + 1].euclid_in[M * size_t(begin)] : nullptr;
     for (int i = 0; i < m; ++i) {
         for (int k = 0; k < F; k += LANES) store(x + i * F + k, load(x + i * F + k) + load(out + i * EXCHANGE + k));
-        by_degree([&](int d, int first_m, int size) {
+        by_degree([&](auto d, auto first_m, auto size) {
             const real g = out[i * EXCHANGE + F + d];
             s.gate[D * size_t(begin + i) + d] = g;
             if (next)
@@ -260,7 +289,7 @@ inline void Engine::start() {
         for (int e = edge_start[i]; e < edge_start[i + 1]; ++e) {
             const int p = edges[e].pair >> 1;
             const real* y = &harmonics[M * size_t(p)];
-            by_degree([&](int d, int m, int size) {
+            by_degree([&](auto d, auto m, auto size) {
                 const real f = scale * weight[p] * (edges[e].pair & 1 ? parity(d) : real(1));
                 for (int k = m; k < m + size; ++k) ev[k] += f * y[k];
             });

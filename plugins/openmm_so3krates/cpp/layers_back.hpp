@@ -54,7 +54,7 @@ inline void Engine::refine_back(int t, int begin, int end, real* gx, real* work)
     for (int i = 0; i < m; ++i) {
         std::memcpy(in + i * EXCHANGE, gx + i * F, F * sizeof(real));
         const real *ev = &s.euclid[M * size_t(begin + i)], *g = &euclid_gradient[M * size_t(begin + i)];
-        by_degree([&](int d, int first_m, int size) {
+        by_degree([&](auto d, auto first_m, auto size) {
             real sum = 0;
             if (any)
                 for (int k = first_m; k < first_m + size; ++k) sum += g[k] * ev[k];
@@ -66,7 +66,7 @@ inline void Engine::refine_back(int t, int begin, int end, real* gx, real* work)
         for (int k = 0; k < F; k += LANES) store(gx + i * F + k, load(gx + i * F + k) + load(out + i * EXCHANGE + k));
         const real* ev = &s.euclid[M * size_t(begin + i)];
         real *g = &euclid_gradient[M * size_t(begin + i)], *after = &euclid_after[M * size_t(begin + i)];
-        by_degree([&](int d, int first_m, int size) {
+        by_degree([&](auto d, auto first_m, auto size) {
             const real gate = 1 + s.gate[D * size_t(begin + i) + d];
             const real invariant = 2 * INVARIANT.value[d] * out[i * EXCHANGE + F + d];
             for (int k = first_m; k < first_m + size; ++k) after[k] = (any ? gate * g[k] : 0) + invariant * ev[k];
@@ -79,21 +79,27 @@ inline void Engine::refine_back(int t, int begin, int end, real* gx, real* work)
     std::memcpy(&x_after[row], gx, m * F * sizeof(real));
 }
 
+// one number per head, W features wide, for the features of vector c
+template <int W>
+static inline vec per_head(const real* x, int c) {
+    if constexpr (W % LANES == 0) return splat(x[c * LANES / W]);
+    vec r;
+    for (int i = 0; i < LANES; ++i) r[i] = x[(c * LANES + i) / W];
+    return r;
+}
+
 // gradient of one filter's features, and its product with the slope of the radial part
 template <int W>
 static inline void filter_gradient(const real* qa, const real* qb, const real* ab, const real* ba, int heads,
                                    const real* row, const real* slope_basis, real* out, vec& along) {
     const real *ka = qa + 2 * F, *kb = qb + 2 * F;
+    vec weight[2 * TABLE_TERMS];
+    for (int t = 0; t < 2 * TABLE_TERMS; ++t) weight[t] = splat(slope_basis[t]);
     for (int k = 0; k < heads * W; k += LANES) {
-        vec f, g;
-        if constexpr (W % LANES == 0) {
-            f = splat(ab[k / W]), g = splat(ba[k / W]);
-        } else {
-            for (int i = 0; i < LANES; ++i) f[i] = ab[(k + i) / W], g[i] = ba[(k + i) / W];
-        }
+        const vec f = per_head<W>(ab, k / LANES), g = per_head<W>(ba, k / LANES);
         const vec w = f * load(qa + k) * load(kb + k) + g * load(qb + k) * load(ka + k);
-        vec slope = slope_basis[0] * load(row + k);
-        for (int t = 1; t < 2 * TABLE_TERMS; ++t) slope += slope_basis[t] * load(row + 2 * F * t + k);
+        vec slope = weight[0] * load(row + k);
+        for (int t = 1; t < 2 * TABLE_TERMS; ++t) slope += weight[t] * load(row + 2 * F * t + k);
         along += w * slope;
         store(out + k, w);
     }
@@ -118,11 +124,23 @@ inline void Engine::attention_pairs_back(int t) {
                 const real* y = &harmonics[M * size_t(p)];
                 real* gy = &harmonics_gradient[M * size_t(p)];
                 const real w = weight[p];
-                for (int h = 0, k = 0; h < H; ++h, k += WIDTH_X) {
-                    ij[h] = dot<WIDTH_X>(gi + k, qj + 4 * F + k);
-                    ji[h] = dot<WIDTH_X>(gj + k, qi + 4 * F + k);
+                if constexpr (WHOLE_HEADS) {
+                    vec sums[rounded_up(2 * H, LANES)] = {};
+                    alignas(64) real both[2 * H];
+                    for (int h = 0; h < H; ++h)
+                        for (int k = h * WIDTH_X; k < (h + 1) * WIDTH_X; k += LANES) {
+                            sums[h] += load(gi + k) * load(qj + 4 * F + k);
+                            sums[H + h] += load(gj + k) * load(qi + 4 * F + k);
+                        }
+                    store_totals<2 * H>(sums, both);
+                    for (int h = 0; h < H; ++h) ij[h] = both[h], ji[h] = both[H + h];
+                } else {
+                    for (int h = 0, k = 0; h < H; ++h, k += WIDTH_X) {
+                        ij[h] = dot<WIDTH_X>(gi + k, qj + 4 * F + k);
+                        ji[h] = dot<WIDTH_X>(gj + k, qi + 4 * F + k);
+                    }
                 }
-                by_degree([&](int d, int first_m, int size) {
+                by_degree([&](auto d, auto first_m, auto size) {
                     const real sign = parity(d), f = w * alpha_ij[H + d], g = sign * w * alpha_ji[H + d];
                     real sum_i = 0, sum_j = 0;
                     for (int k = first_m; k < first_m + size; ++k) {
@@ -148,16 +166,17 @@ inline void Engine::attention_pairs_back(int t) {
             for (int f = 0; f < 2; ++f)
                 product<Start::zero>(m, F, HIDDEN, filters + f * F, 2 * F, layer.w[S2_BACK] + f * F * HIDDEN, HIDDEN,
                                      hidden + f * HIDDEN, 2 * HIDDEN);
-            for (int p = begin; p < begin + m; ++p) {
-                vec sum[D] = {};
+            vec sums[rounded_up(PAIR_BLOCK * D, LANES)] = {};
+            alignas(64) real gradients[PAIR_BLOCK * D];
+            for (int p = begin; p < begin + m; ++p)
                 for (int k = 0; k < 2 * HIDDEN; k += LANES) {
                     const vec g = load(hidden + (p - begin) * 2 * HIDDEN + k) *
                                   load(&s.slope_filter[2 * HIDDEN * size_t(p) + k]);
-                    for (int d = 0; d < D; ++d) sum[d] += g * load(layer.w[S1] + d * 2 * HIDDEN + k);
+                    for (int d = 0; d < D; ++d) sums[(p - begin) * D + d] += g * load(layer.w[S1] + d * 2 * HIDDEN + k);
                 }
-                for (int d = 0; d < D; ++d)
-                    invariant_gradient[D * size_t(p) + d] = total(sum[d]) * 2 * INVARIANT.value[d];
-            }
+            store_totals<PAIR_BLOCK * D>(sums, gradients);
+            for (int k = 0; k < m * D; ++k)
+                invariant_gradient[D * size_t(begin) + k] = 2 * INVARIANT.value[k % D] * gradients[k];
         }
     });
 }
@@ -171,54 +190,44 @@ inline void Engine::euclid_back(int t, int i) {
     for (int e = edge_start[i]; e < edge_start[i + 1]; ++e) {
         const real* theirs = &s.euclid_in[M * size_t(edges[e].neighbor)];
         const real* slope = &invariant_gradient[D * size_t(edges[e].pair >> 1)];
-        by_degree([&](int d, int m, int size) {
+        by_degree([&](auto d, auto m, auto size) {
             for (int k = m; k < m + size; ++k) g[k] += slope[d] * (mine[k] - theirs[k]);
         });
+    }
+}
+
+// Sums over the neighbours of atom i: gradients of its query and key of one filter and, with the first, of its value.
+template <int FILTER>
+inline void Engine::neighbour_sums(const LayerState& s, int i, real* out) const {
+    constexpr int N = F / LANES, W = FILTER ? WIDTH_E : WIDTH_X;
+    vec q[N] = {}, k[N] = {}, v[N] = {};
+    for (int e = edge_start[i]; e < edge_start[i + 1]; ++e) {
+        const int j = edges[e].neighbor, p = edges[e].pair >> 1, mine = edges[e].pair & 1;
+        const real* w = &s.filter[2 * F * size_t(p) + FILTER * F];
+        const real* other = &s.projected[5 * F * size_t(j) + FILTER * F];
+        const real* to = &coefficient_gradient[(2 * size_t(p) + mine) * COEFFICIENTS + FILTER * H];
+        const real* from = &coefficient_gradient[(2 * size_t(p) + 1 - mine) * COEFFICIENTS + FILTER * H];
+        const real* alpha = &s.alpha[(2 * size_t(p) + 1 - mine) * COEFFICIENTS];
+        const real* g = &x_after[F * size_t(j)];
+        for (int c = 0; c < N; ++c) {
+            const vec filter = load(w + c * LANES);
+            q[c] += per_head<W>(to, c) * filter * load(other + 2 * F + c * LANES);
+            k[c] += per_head<W>(from, c) * filter * load(other + c * LANES);
+            if constexpr (FILTER == 0) v[c] += weight[p] * per_head<W>(alpha, c) * load(g + c * LANES);
+        }
+    }
+    for (int c = 0; c < N; ++c) {
+        store(out + FILTER * F + c * LANES, q[c]), store(out + (2 + FILTER) * F + c * LANES, k[c]);
+        if constexpr (FILTER == 0) store(out + 4 * F + c * LANES, v[c]);
     }
 }
 
 // From the gradients after a layer's attention to those of its input: sums over neighbours, then projections.
 inline void Engine::attention_atoms_back(int t, int begin, int end, real* gx, real* work) {
     const Layer& layer = layers[t];
-    LayerState& s = state[t];
-    constexpr int N = F / LANES;
-    alignas(64) real ga[F], gb[F];
     for (int i = begin; i < end; ++i) {
-        real* out = work + (i - begin) * 5 * F;
-        for (int f = 0; f < 2; ++f) {
-            vec q[N] = {}, k[N] = {}, v[N] = {};
-            for (int e = edge_start[i]; e < edge_start[i + 1]; ++e) {
-                const int j = edges[e].neighbor, p = edges[e].pair >> 1, mine = edges[e].pair & 1;
-                const real* w = &s.filter[2 * F * size_t(p) + f * F];
-                const real* other = &s.projected[5 * F * size_t(j) + f * F];
-                const real* to = &coefficient_gradient[(2 * size_t(p) + mine) * COEFFICIENTS + f * H];
-                const real* from = &coefficient_gradient[(2 * size_t(p) + 1 - mine) * COEFFICIENTS + f * H];
-                const real* alpha = &s.alpha[(2 * size_t(p) + 1 - mine) * COEFFICIENTS];
-                const real* g = &x_after[F * size_t(j)];
-                const int width = f ? WIDTH_E : WIDTH_X;
-                const bool whole_vectors = WIDTH_X % LANES == 0 && WIDTH_E % LANES == 0;
-                if (!whole_vectors)
-                    for (int c = 0; c < F; ++c) ga[c] = to[c / width], gb[c] = from[c / width];
-                for (int c = 0; c < N; ++c) {
-                    const vec filter = load(w + c * LANES);
-                    const vec in = whole_vectors ? splat(to[c * LANES / width]) : load(ga + c * LANES);
-                    const vec back = whole_vectors ? splat(from[c * LANES / width]) : load(gb + c * LANES);
-                    q[c] += in * filter * load(other + 2 * F + c * LANES);
-                    k[c] += back * filter * load(other + c * LANES);
-                }
-                if (f) continue;
-                if (!whole_vectors)
-                    for (int c = 0; c < F; ++c) ga[c] = alpha[c / width];
-                for (int c = 0; c < N; ++c) {
-                    const vec x = whole_vectors ? splat(alpha[c * LANES / width]) : load(ga + c * LANES);
-                    v[c] += weight[p] * x * load(g + c * LANES);
-                }
-            }
-            for (int c = 0; c < N; ++c) {
-                store(out + f * F + c * LANES, q[c]), store(out + (2 + f) * F + c * LANES, k[c]);
-                if (!f) store(out + 4 * F + c * LANES, v[c]);
-            }
-        }
+        neighbour_sums<0>(state[t], i, work + (i - begin) * 5 * F);
+        neighbour_sums<1>(state[t], i, work + (i - begin) * 5 * F);
         if (layer.spherical) euclid_back(t, i);
     }
     const int size = static_cast<int>(c.group), m = end - begin;
@@ -257,7 +266,7 @@ inline void Engine::backward(const real* charge_gradient, const real* ratio_grad
     const real scale = real(c.divisor / c.initial_divisor);
     for (int p = 0; p < n_pairs; ++p) {
         const real *gi = &euclid_gradient[M * size_t(a[p])], *gj = &euclid_gradient[M * size_t(b[p])];
-        by_degree([&](int d, int m, int size) {
+        by_degree([&](auto d, auto m, auto size) {
             for (int k = m; k < m + size; ++k) {
                 const real g = scale * (gi[k] + parity(d) * gj[k]);
                 harmonics_gradient[M * size_t(p) + k] += weight[p] * g;
