@@ -89,3 +89,23 @@ def test_led(repository: Path, tmp_path: Path) -> None:
     # decoded or not, every carbonyl has its length
     assert abs(mdtraj.compute_distances(solute, [[4, 5]]).mean() - 0.123) < 0.01
     assert {p.name for p in (tmp_path / "validation").iterdir()} >= {"report.json", "torsions.png", "latent.png"}
+
+
+def test_ml_mm_embedding(repository: Path, shared: Path, tmp_path: Path) -> None:
+    weights = shared / "models" / "so3lr_params.npz"
+    small = ("--picoseconds", 0.05, "--side", 1.9, "--output", tmp_path)
+    done = run(repository, "06_ml_mm_embedding.py", "--model", weights, *small, OPENMM_CPU_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "electrostatic, mechanical" in done.stdout
+    rows = re.findall(r"^  (mechanical|electrostatic) +water H at C=O ([\d.]+)", done.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["mechanical", "electrostatic"]
+    assert all(0 <= float(row[1]) < 5 for row in rows)
+    for name in ("mechanical", "electrostatic"):
+        drug = mdtraj.load(str(tmp_path / f"{name}.dcd"), top=str(tmp_path / "start.pdb"))
+        assert len(drug) == 2
+        # the model holds the phenol and the amide together
+        bonds = [[b[0].index, b[1].index] for b in drug.topology.bonds if b[0].residue.name == "DRG"]
+        lengths = mdtraj.compute_distances(drug, bonds)
+        assert len(bonds) == 20 and lengths.min() > 0.09 and lengths.max() < 0.165
+    done = run(repository, "06_ml_mm_embedding.py", "--model", tmp_path / "none.npz")
+    assert done.returncode == 1 and "There is no file at" in done.stderr
