@@ -71,6 +71,10 @@ def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> 
             f"positions: expected finite numbers, got NaN or infinity for atom {int((~finite).nonzero()[0])}"
         )
     on_cpu = device.type == "cpu"
+    if box is None:
+        # vesin takes seconds where the cutoff is hundreds of times the size of an open molecule
+        extent = float((positions.amax(0) - positions.amin(0)).norm())
+        cutoff = min(cutoff, 1.01 * extent + 1.0)
     lattice = torch.zeros(3, 3, dtype=torch.float64, device=device) if box is None else box
     search = NeighborList(cutoff=cutoff, full_list=not half, n_threads=1)
     points, lattice = (positions.numpy(), lattice.numpy()) if on_cpu else (positions, lattice)  # type: ignore[assignment]

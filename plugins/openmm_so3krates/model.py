@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
@@ -97,6 +98,14 @@ class SO3krates(Potential):
         self.electrostatics = Electrostatics(c.electrostatic_sigma) if c.use_electrostatics else None
         self.dispersion = Dispersion(c.dispersion_scale, c.dispersion_damping) if c.use_dispersion else None
         self.to(torch.get_default_dtype())
+
+    def check_electrons(self, numbers: Sequence[int] | np.ndarray, charge: int, multiplicity: int) -> None:
+        """Refuse a charge and multiplicity that no number of electrons can have, if this model knows of spin at all."""
+        if self.supports_multiplicity:
+            super().check_electrons(numbers, charge, multiplicity)
+        for name, value in (("charge", charge), ("multiplicity", multiplicity)):
+            if int(value) != value:
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
     def check(self, structure: Structure) -> None:
         """Refuse a structure that this model cannot describe (`ValueError` naming the argument)."""

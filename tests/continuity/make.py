@@ -25,6 +25,14 @@ from openmm_mlff.potentials.potential import Potential
 SEED = 20261121
 OPTIONS: dict[str, dict[str, Any]] = {
     "spookynet": {"num_features": 8, "num_modules": 1, "elements": (1, 6, 7, 8)},
+    "so3krates": {
+        "num_features": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_basis_functions": 6,
+        "hirshfeld_features": 4,
+        "elements": (1, 6, 7, 8),
+    },
     "gdml": {"numbers": (6, 8, 1, 1, 1, 1), "n_train": 5, "sigma": 3.0, "n_permutations": 6},
 }
 STRUCTURES = [

@@ -26,6 +26,19 @@ def gdml_plain() -> ModuleType:
     return _beside("gdml_plain")
 
 
+@pytest.fixture(scope="session")
+def so3lr_parameters(shared: Path) -> Path:
+    """The published parameters of SO3LR, hyperparameters beside them; not part of this repository."""
+    _ = shared / "models" / "so3lr_hyperparameters.json"
+    return Path(shared / "models" / "so3lr_params.npz")
+
+
+@pytest.fixture(scope="session")
+def so3krates_plain() -> ModuleType:
+    """``so3krates_plain``: the second SO3krates."""
+    return _beside("so3krates_plain")
+
+
 def _beside(name: str) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,14 @@ def test_positions_that_are_not_numbers_are_named() -> None:
 def test_periodic_long_range_terms_need_a_cutoff() -> None:
     with pytest.raises(ValueError, match="longRangeCutoff: a periodic system needs one"):
         with_pairs(collate([system("cubic")]), 4.0, long_range=True, long_range_cutoff=None)
+
+
+def test_a_cutoff_far_beyond_an_open_molecule_takes_no_time() -> None:
+    batch = collate([Structure(np.array([8, 1, 1]), np.array([[0, 0, 0], [0.9, 0, 0], [-0.3, 0.9, 0]]))])
+    started = time.perf_counter()
+    pairs = pairs_within(batch, 1e5, half=True)
+    assert time.perf_counter() - started < 2.0
+    assert [*zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)] == [(0, 1), (0, 2), (1, 2)]
 
 
 def test_open_long_range_pairs_are_all_pairs() -> None:
