@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_mlff.data.structures import Batch, Pairs
+from openmm_mlff.potentials.electrostatics import smeared_lattice_energy
 from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
 from openmm_mlff.testing import PotentialContract
 
@@ -202,7 +203,60 @@ class NotANumberAlone(Morse):
         return prediction
 
 
+class Lattice(Morse):
+    """Its charges also interact with all their images, where it is asked for."""
+
+    long_range_methods = ("shifted", "ewald", "pme")
+
+    def predict(self, batch: Batch, fixed: Any) -> Prediction:
+        prediction = super().predict(batch, fixed)
+        if self.long_range_method != "shifted":
+            assert prediction.charges is not None
+            prediction.energy = prediction.energy + self.lattice_energy(batch, prediction.charges)
+        return prediction
+
+    def lattice_energy(self, batch: Batch, charges: Tensor) -> Tensor:
+        return smeared_lattice_energy(charges, batch, 4.0, self.long_range_method, 14.4)
+
+
+class TestLattice(TestMorse):
+    def make(self) -> Potential:
+        return Lattice()
+
+
+class FreezesCharges(Lattice):
+    def lattice_energy(self, batch: Batch, charges: Tensor) -> Tensor:
+        return super().lattice_energy(batch, charges.detach())
+
+
+class KnowsTheCell(Lattice):
+    def lattice_energy(self, batch: Batch, charges: Tensor) -> Tensor:
+        assert batch.cell is not None
+        return super().lattice_energy(batch, charges) + 1e-4 * batch.cell.square().sum((1, 2))
+
+
+class CoarseMesh(Lattice):
+    def lattice_energy(self, batch: Batch, charges: Tensor) -> Tensor:
+        return super().lattice_energy(batch, charges) * (1.001 if self.long_range_method == "pme" else 1.0)
+
+
+class ForgetsTheBox(Lattice):
+    def lattice_energy(self, batch: Batch, charges: Tensor) -> Tensor:
+        self.kept = getattr(self, "kept", batch.cell)
+        return super().lattice_energy(batch.at(batch.positions, self.kept), charges)
+
+
+class IgnoresTheLackOfABox(Lattice):
+    def lattice_energy(self, batch: Batch, charges: Tensor) -> Tensor:
+        return charges.sum()[None] if batch.cell is None else super().lattice_energy(batch, charges)
+
+
 CAUGHT_BY = {
+    FreezesCharges: "test_gradients_of_lattice_sums",
+    KnowsTheCell: "test_images_of_lattice_sums",
+    CoarseMesh: "test_lattice_sums_agree",
+    ForgetsTheBox: "test_lattice_sums_in_the_evaluator",
+    IgnoresTheLackOfABox: "test_open_systems_have_no_images",
     SharpCutoff: "test_smooth_at_the_cutoffs",
     KinkAtCutoff: "test_smooth_at_the_cutoffs",
     MixesStructures: "test_batch_equals_singles",

@@ -15,12 +15,13 @@ or another route through the package. pytest itself is not needed: a check that 
 ``unittest.SkipTest``. Units: angstrom, eV, e.
 """
 
+from openmm_mlff.testing.lattice_sums import LatticeSums
 from openmm_mlff.testing.mechanics import Mechanics
 from openmm_mlff.testing.surroundings import Surroundings
 from openmm_mlff.testing.usage import Usage
 
 
-class PotentialContract(Mechanics, Surroundings, Usage):
+class PotentialContract(Mechanics, Surroundings, LatticeSums, Usage):
     """All checks; a subclass defines ``make``, and says what else is in `openmm_mlff.testing.base.ContractBase`."""
 
 

@@ -60,7 +60,6 @@ class SO3krates(Potential):
     """
 
     family = "so3krates"
-    long_range_methods = ("shifted", "ewald", "pme")
 
     def __init__(self, config: SO3kratesConfig | None = None) -> None:
         super().__init__()
@@ -73,6 +72,7 @@ class SO3krates(Potential):
         self.long_range = c.use_electrostatics or c.use_dispersion
         self.long_range_cutoff = c.long_range_cutoff
         self.long_range_method = "shifted"
+        self.long_range_methods = ("shifted", "ewald", "pme") if c.use_electrostatics else ("shifted",)
         features, rows = c.num_features, Z_MAX + 1
 
         self.element_embedding = nn.Parameter(torch.randn(rows, features) / math.sqrt(features))
