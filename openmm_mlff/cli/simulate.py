@@ -50,6 +50,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--multiplicity", type=int, metavar="M", help="its spin multiplicity 2S+1 (1)")
     group.add_argument("--ml-region", metavar="SELECTION", help="auto (everything but water and ions), all, none, or "
                        "an mdtraj selection such as 'resname ALA' (auto)")  # fmt: skip
+    group.add_argument("--embedding", choices=("mechanical", "electrostatic"), help="of that region in the rest: with "
+                       "the force field's charges or the model's (mechanical)")  # fmt: skip
     group.add_argument("--long-range-cutoff", type=float, metavar="NM", help="for periodic systems all learned")
     group.add_argument("--long-range-method", choices=("shifted", "ewald", "pme"), help="of their charges: to zero at "
                        "the cutoff, or with all images where the model can (shifted)")  # fmt: skip
@@ -94,7 +96,16 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 #: options that are settings under the same name.
 _DIRECT = (
-    *("charge", "multiplicity", "ml_region", "long_range_cutoff", "long_range_method", "padding", "use_box"),
+    *(
+        "charge",
+        "multiplicity",
+        "ml_region",
+        "embedding",
+        "long_range_cutoff",
+        "long_range_method",
+        "padding",
+        "use_box",
+    ),
     *("ensemble", "temperature", "pressure", "friction", "timestep", "minimization_steps", "report_interval"),
     *("checkpoint_interval", "seed"),
     *("check_bonds", "max_force", "platform", "threads", "precision", "device", "compile"),

@@ -14,6 +14,7 @@ from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 
 ENSEMBLES = ("nve", "nvt", "npt")
 COMPILE = ("auto", "yes", "no")
+EMBEDDINGS = ("mechanical", "electrostatic")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RunSettings:
         charge, multiplicity: total charge (e) and 2S+1 of the machine-learned region.
         ml_region: ``auto`` (everything but water and ions, or everything if there is nothing else), ``all``,
             ``none`` (force field only) or an mdtraj selection such as ``resname ALA`` or ``index 0 to 21``.
+        embedding: of a machine-learned region in its surroundings, ``mechanical`` or ``electrostatic``.
         forcefield: OpenMM force-field files for what is not machine-learned.
         padding: nm of water around the solute; None adds no water.
         use_box: whether the box of the file (CRYST1) counts.
@@ -52,6 +54,7 @@ class RunSettings:
     charge: int = 0
     multiplicity: int = 1
     ml_region: str = "auto"
+    embedding: str = "mechanical"
     forcefield: tuple[str, ...] = ("amber14-all.xml", "amber14/tip3p.xml")
     padding: float | None = None
     use_box: bool = True
@@ -80,7 +83,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "forcefield", tuple(self.forcefield))
         object.__setattr__(self, "torsions", {name: tuple(atoms) for name, atoms in self.torsions.items()})
-        for name, allowed in (("ensemble", ENSEMBLES), ("compile", COMPILE), ("precision", (None, "single", "double")),
+        for name, allowed in (("ensemble", ENSEMBLES), ("compile", COMPILE), ("embedding", EMBEDDINGS),
+                              ("precision", (None, "single", "double")),
                               ("long_range_method", (None, *LONG_RANGE_METHODS))):  # fmt: skip
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(a) for a in allowed if a is not None)

@@ -205,7 +205,7 @@ def _all_learned(settings: RunSettings, topology: app.Topology, positions: np.nd
 def _mixed(settings: RunSettings, topology: app.Topology, positions: np.ndarray, region: list[int]) -> BuiltSystem:
     surroundings = _force_field_system(settings, topology)
     info = _potential(settings).createMixedSystem(
-        topology, surroundings, region, returnInfo=True, **_model_options(settings)
+        topology, surroundings, region, embedding=settings.embedding, returnInfo=True, **_model_options(settings)
     )
     system, mixed_topology = info["system"], info["topology"]
     _add_motion_remover(system)

@@ -144,7 +144,9 @@ def interrupted_after(settings: RunSettings, folder: Path, checkpoints: int) -> 
         simulation.run()
 
 
-@pytest.mark.parametrize("kind", ["npt water", "network", "periodic network", "network in water", "nve"])
+@pytest.mark.parametrize(
+    "kind", ["npt water", "network", "periodic network", "network in water", "embedded network", "nve"]
+)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     kind: str, alanine: str, tiny_model: str, water_box: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -165,6 +167,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
         "network": small_network(alanine, tiny_model, steps=120, checkpoint_interval=40, equilibration_steps=40),
         "network in water": small_network(
             alanine, tiny_model, steps=60, report_interval=10, checkpoint_interval=20,
+            **(water_box | {"timestep": 0.1, "ml_region": "resname ACE", "max_force": 1e7}),
+        ),
+        "embedded network": small_network(
+            alanine, tiny_model, steps=60, report_interval=10, checkpoint_interval=20, embedding="electrostatic",
             **(water_box | {"timestep": 0.1, "ml_region": "resname ACE", "max_force": 1e7}),
         ),
         "nve": gas(alanine, steps=300, ensemble="nve", equilibration_steps=50),

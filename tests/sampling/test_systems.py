@@ -57,6 +57,17 @@ def test_a_cut_bond_gets_a_link_atom_in_its_place(alanine: str, tiny_model: str)
     assert 0.09 < np.linalg.norm(toward) < 0.12
 
 
+def test_embedding(alanine: str, tiny_model: str) -> None:
+    names = []
+    for embedding in ("mechanical", "electrostatic"):
+        built = build(learned(tiny_model, alanine, ml_region="resname ALA NME", embedding=embedding))
+        names.append([f.getName() for f in built.system.getForces() if isinstance(f, openmm.PythonForce)])
+        assert built.ml_atoms == [*range(6, 22), 22]
+    assert names == [["spookynet (openmm-mlff)"], ["spookynet, electrostatic embedding (openmm-mlff)"]]
+    with pytest.raises(ValueError, match="embedding: expected one of mechanical, electrostatic, got 'both'"):
+        learned(tiny_model, alanine, embedding="both")
+
+
 def test_selections(alanine: str, tmp_path: Path) -> None:
     topology, _ = read_structure(alanine)
     residue = topology.addResidue("NA", topology.addChain())
