@@ -46,7 +46,8 @@ def convert(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"source: no file at {source}")
     model = load_potential(source, args.family)
     sha256 = model_file.sha256_of(source)
-    known = next((m for f in families() for m in f.published if m.sha256 == sha256), None)
+    published = [m for f in families() for m in f.published]
+    known = next((m for m in published if m.sha256 == sha256 or (m.is_it is not None and m.is_it(model))), None)
     details: dict[str, Any] = {"source": {"file": source.name, "sha256": sha256}}
     if known is not None:
         details["source"]["url"] = known.url
@@ -107,6 +108,6 @@ def probes(model: Potential) -> list[Structure]:
         found.append(Structure(numbers, positions, charge=charge))
         if model.supports_charge:
             found.append(Structure(numbers, positions, charge=charge - 2))
-        if model.supports_multiplicity:
+        if model.supports_multiplicity and (model.multiplicities is None or 3 in model.multiplicities):
             found.append(Structure(numbers, positions, charge=charge, multiplicity=3))
     return found

@@ -12,9 +12,8 @@ import numpy as np
 from openmm_mlff.analysis.errors import QUANTITIES, Comparison, error_tables
 from openmm_mlff.analysis.plots import plot_parity
 from openmm_mlff.data.files import write_atomically
-from openmm_mlff.data.model_file import cached
 from openmm_mlff.data.structures import Structure
-from openmm_mlff.potentials.family import find_family
+from openmm_mlff.potentials.family import find_family, find_published
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training.batching import LabelledSet, label_rows
 from openmm_mlff.training.force_matching import evaluate_batch
@@ -73,7 +72,7 @@ def find_model(name: str | Path) -> Path:
         if bundled.name == str(name) and bundled.path.is_file():
             return bundled.path
     for published in family.published:
-        found = cached(published.sha256) if published.name == str(name) else None
+        found = find_published(published) if published.name == str(name) else None
         if found is not None:
             return found
     raise FileNotFoundError(f"model: {str(name)!r} names no model file that is here; give a path, or fetch it first")

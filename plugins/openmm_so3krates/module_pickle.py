@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,9 @@ class _Reader(pickle.Unpickler):
     """Builds shells, tensors and plain containers, and nothing else."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        content = archive.read(f"{folder}data.pkl")
+        _check_memo(content)
+        super().__init__(io.BytesIO(content))
         self._archive, self._folder = archive, folder
         self._read: dict[str, Tensor] = {}
         self._classes: dict[str, type[Shell]] = {}
@@ -120,9 +124,16 @@ class _Reader(pickle.Unpickler):
         return self._read[key]
 
 
+def _check_memo(content: bytes) -> None:
+    """Refuse places of the memo beyond any that a pickle of this length can need; Python would make room for them."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and int(argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")
+
+
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    if not isinstance(storage, Tensor):
-        raise pickle.UnpicklingError("a tensor has no storage")
+    if not isinstance(storage, Tensor) or math.prod(size) > storage.numel():
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
     # refuses what reaches beyond the storage
     return torch.as_strided(storage, size, stride, offset).clone()
 

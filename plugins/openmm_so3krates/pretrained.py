@@ -200,10 +200,10 @@ def config_of(options: dict[str, Any]) -> SO3kratesConfig:
         for name, value in _REQUIRED.items():
             if model[name] != value:
                 raise ValueError(f"{name}: expected {value!r}, got {model[name]!r}")
-        avg = float(data["avg_num_neighbors"])
-    except (KeyError, TypeError) as error:
+        values["avg_num_neighbors"] = data["avg_num_neighbors"]
+        return SO3kratesConfig(**values, multiplicities=(1,))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"modelPath: the hyperparameters are not those of a SO3krates model ({error!r})") from error
-    return SO3kratesConfig(**values, avg_num_neighbors=avg, multiplicities=(1,))
 
 
 class _Source:

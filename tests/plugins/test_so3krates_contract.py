@@ -29,7 +29,7 @@ def random_model(seed: int, **options: Any) -> SO3krates:
 
 
 class SO3kratesContract(PotentialContract):
-    # third derivatives jump where a pair crosses the cutoff, which differences with the contract's step of 2e-3 angstrom
+    # third derivatives jump where a pair crosses the cutoff, which differences with the contract's step (2e-3 angstrom)
     # feel; `test_forces_in_boxes_with_a_small_step` needs no such room
     gradient_atol = 1e-5
 
