@@ -45,6 +45,14 @@ def all_pairs(counts: list[int]) -> HalfList:
     return joined(lists)
 
 
+def check_finite(positions: Tensor) -> None:
+    """`ValueError` naming the first atom whose position ``(N, 3)`` is not finite."""
+    finite = torch.isfinite(positions)
+    if not bool(finite.all()):
+        atom = int((~finite.all(-1)).nonzero()[0])
+        raise ValueError(f"positions: expected finite numbers, got NaN or infinity for atom {atom}")
+
+
 class HalfLists(VerletPairs):
     """The Verlet lists of a batch as half lists, valid as long as those of `VerletPairs`, and restored as these are.
 
@@ -73,9 +81,7 @@ class HalfLists(VerletPairs):
         """
         if self.fixed or not self._stale(positions, cell):
             return False
-        if not bool(torch.isfinite(positions).all()):
-            atom = int((~torch.isfinite(positions).all(-1)).nonzero()[0])
-            raise ValueError(f"positions: expected finite numbers, got NaN or infinity for atom {atom}")
+        check_finite(positions)
         self._search(positions.numpy(), None if cell is None else cell.numpy())
         self.reference = positions.detach().clone()
         self.reference_cell = None if cell is None else cell.detach().clone()
@@ -106,6 +112,9 @@ class HalfLists(VerletPairs):
 
 
 def _half_list(positions: np.ndarray, box: np.ndarray | None, reach: float, start: int) -> tuple[HalfList, np.ndarray]:
+    if box is None:
+        # the search is slow where the cutoff is far larger than the molecule
+        reach = min(reach, 1.01 * float(np.linalg.norm(np.ptp(positions, axis=0))) + 1.0)
     search = NeighborList(cutoff=reach, full_list=False, n_threads=1)
     lattice = np.zeros((3, 3)) if box is None else box
     i, j, shift, distance = search.compute(positions, lattice, box is not None, "ijSd")

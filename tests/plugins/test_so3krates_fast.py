@@ -221,6 +221,22 @@ def test_threads_and_resumed_lists_give_the_same_bits() -> None:
 
 
 @needs_compiler
+def test_lists_that_are_restored_reach_the_native_code() -> None:
+    """A checkpoint that is loaded by the run which wrote it, after the atoms have gone elsewhere."""
+    model = random_model(6, **NARROW)
+    structure = cluster(40, 21, spread=3.5)
+    evaluator = model_evaluator(model, structure)
+    expected = evaluator(structure.positions)
+    reference = evaluator.pairs.reference
+    evaluator(1.6 * structure.positions)
+    evaluator.pairs.restore(reference, None)
+    again = evaluator(structure.positions)
+    assert torch.equal(again.energy, expected.energy)
+    assert again.forces is not None and expected.forces is not None
+    assert torch.equal(again.forces, expected.forces)
+
+
+@needs_compiler
 def test_hirshfeld_ratios_and_memory() -> None:
     model = random_model(7, **WHOLE)
     structure = cluster(10, 12)
@@ -291,6 +307,19 @@ def test_native_code_that_disagrees_does_not_run(
 
 
 @needs_compiler
+def test_a_frame_without_finite_forces_proves_nothing() -> None:
+    model = random_model(12, **NARROW)
+    structure = cluster(8, 20)
+    evaluator = model_evaluator(model, structure)
+    broken = structure.positions.copy()
+    broken[3] = broken[2]
+    assert not bool(torch.isfinite(evaluator(broken).forces).all())
+    assert evaluator.compiled is None
+    close(evaluator(structure.positions), model_evaluator(model, structure, False)(structure.positions), atol=1e-9)
+    assert evaluator.compiled is True
+
+
+@needs_compiler
 def test_a_part_of_a_large_system_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "COMPARED_ATOMS", 10)
     model = random_model(10, **NARROW | {"long_range_cutoff": 4.2})
@@ -340,6 +369,13 @@ def test_impossible_input() -> None:
     broken[9] = broken[4]
     with pytest.raises(ValueError, match="atoms 4 and 9 are at the same place"):
         evaluator(broken)
+    # lists that never change are not searched, so nothing else would notice
+    small = cluster(8, 19)
+    for bad in (np.nan, np.inf):
+        broken = small.positions.copy()
+        broken[5, 0] = bad
+        with pytest.raises(ValueError, match=r"positions: expected finite numbers.*atom 5"):
+            model_evaluator(model, small)(broken)
     periodic = model_evaluator(model, cluster(8, 19, TRICLINIC))
     with pytest.raises(ValueError, match="cell: expected box vectors"):
         periodic(cluster(8, 19, TRICLINIC).positions)
