@@ -96,16 +96,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 #: options that are settings under the same name.
 _DIRECT = (
-    *(
-        "charge",
-        "multiplicity",
-        "ml_region",
-        "embedding",
-        "long_range_cutoff",
-        "long_range_method",
-        "padding",
-        "use_box",
-    ),
+    *("charge", "multiplicity", "ml_region", "embedding", "long_range_cutoff", "long_range_method"),
+    *("padding", "use_box"),
     *("ensemble", "temperature", "pressure", "friction", "timestep", "minimization_steps", "report_interval"),
     *("checkpoint_interval", "seed"),
     *("check_bonds", "max_force", "platform", "threads", "precision", "device", "compile"),
