@@ -104,7 +104,6 @@ class EmbeddedComputation(ForceComputation):
         if region.region == "wrapped":
             cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
             sites = checks.make_whole(sites, cell)
-        self._cell = cell
         with _threads(self._n_threads()):
             try:
                 energy, forces = self._energy_and_forces(positions, sites, cell)

@@ -20,6 +20,7 @@ from openmm_mlff.forces import checks, running
 from openmm_mlff.forces.embedded_force import EmbeddedComputation, EmbeddedSpec
 from openmm_mlff.forces.serialization import UnsafeXMLError, load_system, stored_options
 from openmm_mlff.forces.surroundings import unpack
+from openmm_mlff.potentials import neighbors
 from openmm_spookynet import SpookyNet
 
 from .conftest import Box, context_of, energy_of, forces_of, small_spookynet
@@ -390,14 +391,21 @@ def test_tampered_xml(potential: MLPotential, small: Box) -> None:
             load_system(tampered)
 
 
-def test_runs_resume_bit_for_bit(potential: MLPotential, solvated: Box) -> None:
-    """With the pair lists of the first run; also after another run has moved the cached frame on."""
+@pytest.mark.parametrize("listed", [False, True], ids=["all pairs", "pair lists"])
+def test_runs_resume_bit_for_bit(
+    potential: MLPotential, solvated: Box, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the pair lists of the first run, in a force that was not called before."""
+    if listed:
+        monkeypatch.setattr(neighbors, "FIXED_PAIRS_MAX_ATOMS", 10)
     mixed = potential.createMixedSystem(
         solvated.topology, solvated.system, ML_ATOMS, embedding="electrostatic", precision="single"
     )
     context = context_of(mixed, solvated.positions)
     context.getIntegrator().step(3)
     lists, checkpoint = running.pair_list_state(mixed), context.createCheckpoint()
+    # the region is open: no box belongs to its lists
+    assert [sorted(state) for state in lists] == [["positions"] if listed else []]
     context.getIntegrator().step(3)
     expected = context.getState(positions=True).getPositions(asNumpy=True)._value
     again = context_of(openmm.XmlSerializer.clone(mixed), solvated.positions)
