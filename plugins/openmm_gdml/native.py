@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,13 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from openmm_mlff.data.model_file import cache_dir
+from openmm_mlff.potentials import native
 
 SOURCE = Path(__file__).with_name("native_kernel.cpp")
-FLAGS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    *("-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-Wno-psabi"),
-)
+FLAGS = (*native.FLAGS, "-fopenmp-simd", "-Wno-psabi")
 #: alignment of vectors in bytes
 ALIGNMENT = 64
 #: additions that put one variant together for one permutation cost about this many sums of one pair
@@ -31,37 +23,9 @@ COST_OF_ADDITION = 2
 WORK_PER_THREAD = 2_000_000
 
 
-def compiler() -> str | None:
-    """The C++ compiler, or None."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-
-
-@functools.cache
 def compiled(source: Path) -> ctypes.CDLL:
     """A C++ file compiled for this machine, once; raises `RuntimeError` if it cannot be compiled."""
-    found = compiler()
-    if found is None:
-        raise RuntimeError("compile: no C++ compiler found (g++ or clang++)")
-    # -march=native: what the compiler makes of it belongs to the key
-    native = subprocess.run([found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
-    about = source.read_bytes() + native + " ".join([found, *FLAGS]).encode()
-    folder = cache_dir().parent / "compiled"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(about).hexdigest()}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-            target = os.path.join(temporary, "kernel.so")
-            run = subprocess.run(
-                [found, *FLAGS, str(source), "-o", target],
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-            if run.returncode:
-                raise RuntimeError(f"compile: {found} failed: {run.stderr.strip()}")
-            os.replace(target, path)
-    return ctypes.CDLL(str(path))
+    return native.library(source, FLAGS)
 
 
 @functools.cache

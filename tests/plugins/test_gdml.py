@@ -18,6 +18,7 @@ from openmmml import MLPotential
 from openmm_gdml import evaluator, native
 from openmm_gdml.model import GDMLPotential
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials import native as building
 from openmm_mlff.potentials.family import load_potential, save_potential
 from openmm_mlff.sampling.settings import RunSettings
 from openmm_mlff.sampling.systems import build
@@ -167,8 +168,8 @@ def test_torch_runs_without_a_compiler(
 ) -> None:
     model, r = gdml_plain.random_model((8, 1, 1)), gdml_plain.base_of(3)
     expected = model.energy_and_forces(Structure(np.array([8, 1, 1]), r))
-    caches = (native.compiled, native.library, evaluator._no_kernel)
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    caches = (building.library, native.library, evaluator._no_kernel)
+    monkeypatch.setattr(building, "compiler", lambda: None)
     for cache in caches:
         cache.cache_clear()
     try:
