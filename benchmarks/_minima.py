@@ -1,4 +1,4 @@
-"""Minima hopping of one molecule by many walkers at once: torsions, a batched minimiser and the search itself."""
+"""Minima hopping of one molecule by many walkers at once: its torsions, the list of minima and the search itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from _minimiser import LBFGS, ModelHessian
 
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.data.files import read_arrays, write_arrays
@@ -22,11 +23,11 @@ TIMESTEP = 1.0
 #: minima of the energy along the path before a walker minimises
 PASSES = 3
 LONGEST_ESCAPE, LONGEST_MINIMIZATION = 400, 1500
-#: arrivals in a row without anything new, after which a walker starts from a random conformation; share of cis bonds
-PATIENCE, CIS = 2, 0.3
+#: share of cis peptide bonds in random conformations
+CIS = 0.5
 #: kelvin, of a walker's first escape
 WARM = 1200.0
-#: factors of the kinetic energy after no escape, a known and a new minimum; of the threshold of acceptance
+#: factors of the kinetic energy after a known and a new minimum; of the threshold of acceptance
 GROW, SHRINK, THRESHOLD = 1.05, 1 / 1.05, 1.02
 
 
@@ -114,7 +115,7 @@ class Molecule:
 
 
 def random_starts(molecule: Molecule, n: int, random: np.random.Generator) -> np.ndarray:
-    """Random phi and psi and peptide bonds, `CIS` of them cis; ``(n, n_atoms, 3)`` without overlapping atoms."""
+    """Random phi, psi and peptide bonds, a share `CIS` of them cis; ``(n, n_atoms, 3)`` without overlapping atoms."""
     starts = []
     while len(starts) < n:
         x = molecule.structure.positions.copy()
@@ -146,54 +147,6 @@ def turn(x: np.ndarray, near: list[list[int]], i: int, j: int, angle: float) -> 
         x[j] + v * np.cos(angle) + np.cross(axis, v) * np.sin(angle) + np.outer(v @ axis, axis) * (1 - np.cos(angle))
     )
     return x
-
-
-# -- minimisation ----------------------------------------------------------------------------------------------------
-
-
-class LBFGS:
-    """Limited-memory BFGS of many structures at once, each with its own history (Nocedal, Math. Comp. 35, 773 (1980)).
-
-    No line search: steps longer than `longest` (angstrom, of the atom that moves most) are shortened. Pairs of steps
-    without positive curvature are left out.
-    """
-
-    def __init__(self, n: int, size: int, memory: int = 12, longest: float = 0.1, curvature: float = 60.0) -> None:
-        self.s, self.y = np.zeros((2, memory, n, size))
-        self.rho = np.zeros((memory, n))
-        self.x, self.f = np.zeros((2, n, size))
-        self.fresh = np.ones(n, bool)
-        self.longest, self.curvature = longest, curvature
-
-    def forget(self, which: np.ndarray) -> None:
-        self.rho[:, which], self.fresh[which] = 0.0, True
-
-    def step(self, which: np.ndarray, x: np.ndarray, forces: np.ndarray) -> np.ndarray:
-        """New positions of the structures `which` ``(k,)`` from positions and forces ``(k, size)``."""
-        old = ~self.fresh[which]
-        s, y = x - self.x[which], self.f[which] - forces
-        curvature = np.einsum("ki,ki->k", s, y)
-        good = old & (curvature > 1e-10)
-        for store in (self.s, self.y, self.rho):
-            store[:, which] = np.roll(store[:, which], 1, axis=0)
-        self.s[0, which], self.y[0, which] = s, y
-        self.rho[0, which] = np.where(good, 1.0 / np.where(good, curvature, 1.0), 0.0)
-        self.x[which], self.f[which], self.fresh[which] = x, forces, False
-        direction = self._direction(which, forces)
-        longest = np.linalg.norm(direction.reshape(len(which), -1, 3), axis=-1).max(axis=1)
-        return x + direction * np.minimum(1.0, self.longest / np.maximum(longest, 1e-12))[:, None]
-
-    def _direction(self, which: np.ndarray, forces: np.ndarray) -> np.ndarray:
-        """H f, H being the inverse Hessian from the history."""
-        q, s, y, rho = forces.copy(), self.s[:, which], self.y[:, which], self.rho[:, which]
-        a = np.zeros_like(rho)
-        for m in range(len(rho)):
-            a[m] = rho[m] * np.einsum("ki,ki->k", s[m], q)
-            q -= a[m][:, None] * y[m]
-        z = q / self.curvature
-        for m in reversed(range(len(rho))):
-            z += s[m] * (a[m] - rho[m] * np.einsum("ki,ki->k", y[m], z))[:, None]
-        return z
 
 
 # -- search ------------------------------------------------------------------------------------------------------------
@@ -262,10 +215,10 @@ class Walkers:
         self.minimizing = np.ones(n, bool)
         self.steps, self.passes = np.zeros((2, n), int)
         self.previous = np.full((2, n), np.inf)
-        self.home, self.in_vain = np.full(n, -1), np.zeros(n, int)
+        self.home = np.full(n, -1)
         # of the escape in kelvin, and of acceptance in eV
         self.temperature, self.threshold = np.full(n, WARM), np.full(n, 0.1)
-        self.lbfgs = LBFGS(n, starts[0].size)
+        self.lbfgs = LBFGS(n, ModelHessian(found.molecule.near))
 
     def advance(self) -> None:
         n, size = len(self.x), self.x[0].size
@@ -311,27 +264,23 @@ class Walkers:
     def _arrived(self, k: int, energy: float) -> None:
         number, new = self.found.add(self.x[k], energy)
         home = int(self.home[k])
-        self.in_vain[k] = 0 if new else self.in_vain[k] + 1
-        if number < 0 or self.in_vain[k] >= PATIENCE:
+        if home >= 0:
+            self.temperature[k] = min(self.temperature[k] * (SHRINK if new else GROW), 3000.0)
+        if not new:
             self._restart(k)
             return
         if home < 0:
             self.home[k] = number
-        elif number == home:
-            self.temperature[k] *= GROW
         else:
-            self.temperature[k] *= SHRINK if new else GROW
             accepted = energy - self.found.energies[home] < self.threshold[k]
             self.threshold[k] *= 1 / THRESHOLD if accepted else THRESHOLD
             self.home[k] = number if accepted else home
-        self.temperature[k] = min(self.temperature[k], 3000.0)
         self._escape(k)
 
     def _restart(self, k: int) -> None:
         """A random conformation, which is minimised."""
         self.x[k] = random_starts(self.found.molecule, 1, self.random)[0]
-        self.home[k], self.in_vain[k], self.steps[k] = -1, 0, 0
-        self.minimizing[k] = True
+        self.home[k], self.steps[k], self.minimizing[k] = -1, 0, True
         self.lbfgs.forget(np.array([k]))
 
     def _escape(self, k: int) -> None:

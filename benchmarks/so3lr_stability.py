@@ -139,9 +139,8 @@ def draw(work: Path, systems: list[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        2, len(systems), figsize=(4.6 * len(systems), 4.8), constrained_layout=True, squeeze=False
-    )
+    size = (4.6 * len(systems), 6.4)
+    figure, axes = plt.subplots(3, len(systems), figsize=size, sharex="col", constrained_layout=True, squeeze=False)
     for column, system in zip(axes.T, systems, strict=True):
         folder = work / system
         table = read_table(folder / "log.csv")
@@ -149,18 +148,28 @@ def draw(work: Path, systems: list[str]) -> None:
         bonds = np.array([(a.index, b.index) for a, b in trajectory.topology.bonds])
         lengths = mdtraj.compute_distances(trajectory, bonds)
         ratios = lengths / lengths.mean(axis=0)
-        time_ps = np.arange(len(ratios)) * REPORT * TIMESTEP * 1e-3
-        column[0].plot(time_ps, ratios.max(axis=1), color="#b5472f", linewidth=0.5, label="longest")
-        column[0].plot(time_ps, ratios.min(axis=1), color="#1f5fa8", linewidth=0.5, label="shortest")
+        times = np.arange(len(ratios)) * REPORT * TIMESTEP * 1e-3
+        column[0].plot(times, ratios.max(axis=1), color="#b5472f", linewidth=0.5, label="longest")
+        column[0].plot(times, ratios.min(axis=1), color="#1f5fa8", linewidth=0.5, label="shortest")
         column[0].set(title=TITLES[system], ylabel="bond over its mean", ylim=(0.7, 1.3))
-        column[1].plot(table["time_ps"], table["temperature_K"], color="0.6", linewidth=0.4)
+        column[1].plot(table["time_ps"], table["temperature_K"], color="0.7", linewidth=0.4)
         width = max(1, len(table["time_ps"]) // 40)
         smooth = np.convolve(table["temperature_K"], np.full(width, 1.0 / width), mode="valid")
         column[1].plot(table["time_ps"][width // 2 :][: len(smooth)], smooth, color="black", linewidth=1.2)
         column[1].axhline(300.0, color="#5a8f3c", linestyle="--", linewidth=1)
-        column[1].set(xlabel="time [ps]", ylabel="temperature [K]")
+        column[1].set(ylabel="temperature [K]")
+        if system == "peptide":
+            codes = mdtraj.compute_dssp(trajectory)[:, 1:-1]
+            column[2].plot(times, 100.0 * (codes == "H").mean(axis=1), color="#1f5fa8", linewidth=0.6)
+            column[2].set(ylabel="helix content [%]", ylim=(0, 100))
+        else:
+            for name, color in (("phi", "#1f5fa8"), ("psi", "#c98a2b")):
+                column[2].plot(table["time_ps"], table[name], ".", color=color, markersize=1.2, label=name)
+            column[2].set(ylabel="torsion [deg]", ylim=(-180, 180), yticks=range(-180, 181, 90))
+            column[2].legend(fontsize=8, framealpha=0.9, markerscale=8, ncols=2, loc="lower right")
+        column[2].set(xlabel="time [ps]")
         for axis in column:
-            axis.set_xlim(0, time_ps[-1])
+            axis.set_xlim(0, times[-1])
             axis.grid(alpha=0.3)
     legend = axes[0, 0].legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     for line in legend.get_lines():
