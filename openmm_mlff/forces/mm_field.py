@@ -79,7 +79,7 @@ class Pairs:
         if library is None:
             self.site, self.source, self.d = _plain_pairs(source, positions, sites, cell, cutoff)
             return
-        capacity = len(sites) * len(source) if np.isinf(cutoff) else 64 * len(sites) + 4096
+        capacity = len(sites) * len(source) if np.isinf(cutoff) else 512 * len(sites)
         while True:
             self.site, self.source = np.empty(capacity, dtype=np.int32), np.empty(capacity, dtype=np.int32)
             self.d = np.empty((capacity, 3))

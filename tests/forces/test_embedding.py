@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openmm
@@ -199,7 +200,7 @@ def test_forces_are_the_slope_of_the_energy(
     context = context_of(mixed, box.positions)
     forces = forces_of(context)
     near = np.linalg.norm(box.positions[22:, None] - box.positions[None, :22], axis=-1).min(1)
-    atoms = [2, 18, *(int(i) for i in near.argsort()[:2] + 22), 22 + int(near.argsort()[30])]
+    atoms = [2, *(int(i) for i in near.argsort()[:1] + 22), 22 + int(near.argsort()[30])]
     np.testing.assert_allclose(forces[atoms], slopes(context, box.positions, atoms), rtol=1e-4, atol=2e-3)
     net = np.abs(forces.sum(0)).max()
     # a mesh is not quite the same everywhere: as much as in OpenMM alone
@@ -279,31 +280,27 @@ LINKED = list(range(6, 16))  # ALA of ACE-ALA-NME: two cut peptide bonds
 HOSTS = {1: [0, 2], 16: [17, 18]}
 
 
-@pytest.mark.parametrize("interpolate", [False, True])
-def test_link_atoms(potential: MLPotential, solvated: Box, interpolate: bool) -> None:
-    info = potential.createMixedSystem(
-        solvated.topology,
-        solvated.system,
-        LINKED,
-        embedding="electrostatic",
-        returnInfo=True,
-        interpolate=interpolate,
-    )
-    mixed, n = info["system"], len(solvated.positions)
-    mechanical = potential.createMixedSystem(solvated.topology, solvated.system, LINKED, returnInfo=True)
-    assert mixed.getNumParticles() == info["topology"].getNumAtoms() == n + 2
-    positions = np.vstack([solvated.positions, np.zeros((2, 3))])
-    context = context_of(mixed, positions)
-    context.computeVirtualSites()
-    theirs = context_of(mechanical["system"], positions)
-    theirs.computeVirtualSites()
-    positions, expected = (
-        np.array(c.getState(positions=True).getPositions(asNumpy=True)._value) for c in (context, theirs)
-    )
-    np.testing.assert_array_equal(positions, expected)
+def test_link_atoms(potential: MLPotential, solvated: Box) -> None:
+    def make(**options: object) -> dict[str, Any]:
+        return potential.createMixedSystem(solvated.topology, solvated.system, LINKED, returnInfo=True, **options)
+
+    info, mechanical = make(embedding="electrostatic"), make()
+    n = len(solvated.positions)
+    assert info["system"].getNumParticles() == info["topology"].getNumAtoms() == n + 2
+    assert info["oldToNew"] == list(range(n))
+    placed = []
+    for system in (info["system"], mechanical["system"]):
+        context = context_of(system, np.vstack([solvated.positions, np.zeros((2, 3))]))
+        context.computeVirtualSites()
+        placed.append(np.array(context.getState(positions=True).getPositions(asNumpy=True)._value))
+    np.testing.assert_array_equal(*placed)
+    context = context_of(info["system"], placed[0])
     forces = forces_of(context)
-    atoms = [6, 9, 1, 0, 16, 40]
-    np.testing.assert_allclose(forces[atoms], slopes(context, positions, atoms), rtol=1e-4, atol=5e-3)
+    atoms = [6, 1, 40]
+    np.testing.assert_allclose(forces[atoms], slopes(context, placed[0], atoms), rtol=1e-4, atol=5e-3)
+    between = context_of(make(embedding="electrostatic", interpolate=True)["system"], placed[0])
+    assert energy_of(between) == pytest.approx(energy_of(context), rel=1e-9)
+    np.testing.assert_allclose(forces_of(between), forces, atol=1e-6 * np.abs(forces).max())
 
 
 @pytest.mark.parametrize("scheme", ["redistribute", "delete", "keep"])
@@ -351,10 +348,9 @@ print("RESULT", json.dumps([state.getPotentialEnergy()._value, forces.tolist()])
 """
 
 
-@pytest.mark.parametrize("interpolate", [False, True])
-def test_xml_in_a_fresh_process(potential: MLPotential, small: Box, tmp_path: Path, interpolate: bool) -> None:
+def test_xml_in_a_fresh_process(potential: MLPotential, small: Box, tmp_path: Path) -> None:
     mixed = potential.createMixedSystem(
-        small.topology, small.system, ML_ATOMS, embedding="electrostatic", interpolate=interpolate, **INDUCED
+        small.topology, small.system, ML_ATOMS, embedding="electrostatic", interpolate=True, **INDUCED
     )
     text = openmm.XmlSerializer.serialize(mixed)
     (tmp_path / "system.xml").write_text(text, encoding="utf-8")
@@ -456,6 +452,7 @@ def test_arguments(potential: MLPotential, solvated: Box, small: Box) -> None:
         ({"dampinglength": 0.1}, "did you mean 'dampingLength'"),
         ({"spin": 2}, "multiplicity"),
         ({"charge": 1}, "charge: the ML atoms carry .0.000 e"),
+        ({"charge": 0.5}, "charge: expected a whole number, got 0.5"),
         ({"multiplicity": 2}, "multiplicity"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
