@@ -86,6 +86,8 @@ class SO3krates(Potential):
         self.energy_offset = nn.Parameter(torch.zeros(rows))
         if c.predict_charges:
             self.charge_head = MLP(features, features, 1)
+            # without charges at first: random ones would interact by many eV
+            nn.init.zeros_(self.charge_head.second.weight)
             self.charge_bias = nn.Parameter(torch.zeros(rows))
         if c.predict_hirshfeld:
             width = c.hirshfeld_features
