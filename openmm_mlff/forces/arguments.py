@@ -186,16 +186,31 @@ def check_compile(value: Any) -> bool | str:
     raise ValueError(f"compile: expected 'auto', True or False, got {value!r}")
 
 
+def whole_number(name: str, value: Any) -> int:
+    """The number; `ValueError` naming the argument for anything else, a text or a fraction for example."""
+    try:
+        whole = None if isinstance(value, (str, bytes, bool, np.bool_)) else int(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != value:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    return whole
+
+
 def check_threads(threads: Any) -> int | None:
     """A positive number of threads, or None, else `ValueError`."""
-    if threads is not None and (isinstance(threads, bool) or int(threads) != threads or threads < 1):
+    try:
+        number = None if threads is None else whole_number("threads", threads)
+    except ValueError:
+        number = 0
+    if number is not None and number < 1:
         raise ValueError(f"threads: expected a whole number >= 1 or None, got {threads!r}")
-    return None if threads is None else int(threads)
+    return number
 
 
 def length(value: Any) -> float:
     """angstrom"""
-    nanometers = value.value_in_unit(unit.nanometer) if unit.is_quantity(value) else float(value)
+    nanometers = _in_units(value, unit.nanometer)
     if not (math.isfinite(nanometers) and nanometers > 0):
         raise ValueError(f"longRangeCutoff: expected a positive length (nm or a Quantity), got {value}")
     return nanometers * ANGSTROM_PER_NM
@@ -243,7 +258,17 @@ def force_limit(value: Any) -> float | None:
     """kJ/mol/nm, or None for no limit; `ValueError` unless positive."""
     if value is None:
         return None
-    limit = value.value_in_unit(unit.kilojoule_per_mole / unit.nanometer) if unit.is_quantity(value) else float(value)
+    limit = _in_units(value, unit.kilojoule_per_mole / unit.nanometer)
     if not limit > 0:
         raise ValueError(f"maxForce: expected a positive force (kJ/mol/nm or a Quantity) or None, got {value}")
     return limit if math.isfinite(limit) else None
+
+
+def _in_units(value: Any, units: Any) -> float:
+    """A number, or a Quantity as a number; NaN for anything else."""
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        return math.nan
+    try:
+        return float(value.value_in_unit(units) if unit.is_quantity(value) else value)
+    except (TypeError, ValueError):
+        return math.nan

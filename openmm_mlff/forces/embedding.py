@@ -20,7 +20,7 @@ import openmm
 from openmm import app, unit
 from openmmml.embeddings import utilities
 
-from openmm_mlff.forces.arguments import OPTIONS, atom_list, refuse_unknown
+from openmm_mlff.forces.arguments import OPTIONS, atom_list, refuse_unknown, whole_number
 from openmm_mlff.forces.embedded_force import EmbeddedComputation, EmbeddedSpec, make_embedded_force
 from openmm_mlff.forces.embedding_arguments import (
     EMBEDDING_KEYWORDS,
@@ -72,7 +72,8 @@ def create_mixed_system(
         )
     nonbonded = check_forces(system)
     links = utilities.findLinkBonds(topology, atoms)
-    charges = region_charges(nonbonded, topology, atoms, links, int(arguments.get("charge", 0)), settings)
+    charge = whole_number("charge", arguments.get("charge", 0))
+    charges = region_charges(nonbonded, topology, atoms, links, charge, settings)
 
     mixed = utilities.removeBonds(system, topology, atoms, True)
     surroundings = _surroundings(nonbonded, system, settings)

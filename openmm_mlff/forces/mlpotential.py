@@ -30,6 +30,7 @@ from openmm_mlff.forces.arguments import (
     refuse_unknown,
     warn_of_immobile,
     warn_unknown,
+    whole_number,
 )
 from openmm_mlff.forces.python_force import (
     DEFAULT_MAX_FORCE,
@@ -193,6 +194,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
         chosen = atom_list(topology, atoms)
         model = load_model(self._sha256, self.family.name, self._path, device="cpu")
         numbers = atomic_numbers(topology, chosen, model)
+        charge, multiplicity = whole_number("charge", charge), whole_number("multiplicity", multiplicity)
         model.check_electrons(numbers, charge, multiplicity)
         # openmm-ml hands over an empty system when it interpolates, so the topology is asked first
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
@@ -205,12 +207,12 @@ class MLFFPotentialImpl(MLPotentialImpl):
             path=self._path,
             numbers=tuple(numbers),
             atoms=None if atoms is None else tuple(chosen),
-            charge=int(charge),
-            multiplicity=int(multiplicity),
+            charge=charge,
+            multiplicity=multiplicity,
             precision=check_precision(precision),
             device=check_device(device),
             long_range_cutoff=length(longRangeCutoff) if longRangeCutoff is not None else self._own_cutoff,
-            long_range_method=check_long_range_method(longRangeMethod, model, region, int(charge)),
+            long_range_method=check_long_range_method(longRangeMethod, model, region, charge),
             region=region,
             compile=check_compile(compile),
             max_force=force_limit(maxForce),
