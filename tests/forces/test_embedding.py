@@ -31,6 +31,7 @@ METHODS = {
     "NoCutoff": openmm.NonbondedForce.NoCutoff,
     "CutoffNonPeriodic": openmm.NonbondedForce.CutoffNonPeriodic,
     "CutoffPeriodic": openmm.NonbondedForce.CutoffPeriodic,
+    "Ewald": openmm.NonbondedForce.Ewald,
     "PME": openmm.NonbondedForce.PME,
     "LJPME": openmm.NonbondedForce.LJPME,
 }
@@ -115,7 +116,8 @@ def test_frozen_charges_are_mm_electrostatics(solvated: Box, method: str) -> Non
     system = with_charges(with_method(solvated.system, method), ML_ATOMS, charges)
     mechanical = frozen.createMixedSystem(solvated.topology, system, ML_ATOMS)
     embedded = frozen.createMixedSystem(solvated.topology, system, ML_ATOMS, embedding="electrostatic")
-    for platform, tolerance in (("Reference", 1e-6), ("CPU", 1e-4)):
+    # OpenMM's plain Ewald sum leaves out waves by its tolerance, which the mesh does not
+    for platform, tolerance in (("Reference", 1e-4 if method == "Ewald" else 1e-6), ("CPU", 1e-4)):
         first, second = (context_of(s, solvated.positions, platform) for s in (mechanical, embedded))
         assert energy_of(second) == pytest.approx(energy_of(first), rel=tolerance)
         expected = forces_of(first)
