@@ -64,7 +64,8 @@ class _Embeddings(dict[str, Any]):
         else:
             why = "is not known"
         offered = ", ".join(repr(known) for known in sorted(self))
-        raise UnknownEmbedding(f"embedding: {name!r} {why}; every potential offers {offered}")
+        more = "" if name == "electrostatic" else ", and those that predict charges 'electrostatic'"
+        raise UnknownEmbedding(f"embedding: {name!r} {why}; every potential offers {offered}{more}")
 
 
 def _explain_unknown_names() -> None:

@@ -210,7 +210,7 @@ def check_threads(threads: Any) -> int | None:
 
 def length(value: Any) -> float:
     """angstrom"""
-    nanometers = _in_units(value, unit.nanometer)
+    nanometers = in_units(value, unit.nanometer)
     if not (math.isfinite(nanometers) and nanometers > 0):
         raise ValueError(f"longRangeCutoff: expected a positive length (nm or a Quantity), got {value}")
     return nanometers * ANGSTROM_PER_NM
@@ -258,17 +258,17 @@ def force_limit(value: Any) -> float | None:
     """kJ/mol/nm, or None for no limit; `ValueError` unless positive."""
     if value is None:
         return None
-    limit = _in_units(value, unit.kilojoule_per_mole / unit.nanometer)
+    limit = in_units(value, unit.kilojoule_per_mole / unit.nanometer)
     if not limit > 0:
         raise ValueError(f"maxForce: expected a positive force (kJ/mol/nm or a Quantity) or None, got {value}")
     return limit if math.isfinite(limit) else None
 
 
-def _in_units(value: Any, units: Any) -> float:
-    """A number, or a Quantity as a number; NaN for anything else."""
+def in_units(value: Any, units: Any) -> float:
+    """A number, or a Quantity as a number of these units; NaN for anything else."""
     if isinstance(value, (str, bytes, bool, np.bool_)):
         return math.nan
     try:
         return float(value.value_in_unit(units) if unit.is_quantity(value) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):
         return math.nan

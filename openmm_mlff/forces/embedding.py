@@ -126,17 +126,24 @@ def _region(
 
 
 def add_caps(
-    topology: app.Topology, systems: list[openmm.System], links: list[tuple[int, int]], distances: Sequence[Any]
+    topology: app.Topology,
+    systems: list[openmm.System],
+    links: list[tuple[int, int]],
+    distances: Sequence[tuple[int, int, float]],
 ) -> list[int]:
     """Put a hydrogen without mass on every cut bond (ML atom, MM atom), at the end of topology and systems, in place.
 
     As `openmmml.embeddings.utilities.addLinkAtomSites`, which refuses topologies whose virtual sites have no element.
 
     Args:
-        distances: ``(i, j, distance)`` where it is not at the sum of the covalent radii; nm or Quantities.
+        distances: ``(i, j, distance)`` in nm where it is not at the sum of the covalent radii.
 
     Returns: the indices of the hydrogens.
     """
+    given = {frozenset((i, j)): distance for i, j, distance in distances}
+    unknown = set(given) - {frozenset(link) for link in links}
+    if unknown:
+        raise ValueError(f"linkAtomDistances: expected cut bonds, got {sorted(min(unknown, key=sorted))}")
     if not links:
         return []
     hosts = [host for _, host in links]
@@ -145,10 +152,6 @@ def add_caps(
         raise ValueError(
             f"atoms: MM atom {twice} has bonds to two ML atoms; both their link atoms would be where it is"
         )
-    given = {frozenset((i, j)): distance for i, j, distance in distances}
-    unknown = set(given) - {frozenset(link) for link in links}
-    if unknown:
-        raise ValueError(f"linkAtomDistances: expected cut bonds, got {sorted(min(unknown, key=sorted))}")
     elements = [atom.element for atom in topology.atoms()]
     chain, caps = topology.addChain(), []
     for k, link in enumerate(links):

@@ -13,9 +13,11 @@ import openmm
 from openmm import app, unit
 
 from openmm_mlff.data.structures import SYMBOLS
+from openmm_mlff.forces.arguments import in_units, whole_number
 
 #: keywords of createMixedSystem beside those of the model
 EMBEDDING_KEYWORDS = ("dampingLength", "polarizabilities", "inductionDamping", "boundaryCharges", "linkAtomDistances")
+NM = unit.nanometer
 BOUNDARY_CHARGES = ("redistribute", "delete", "keep")
 #: forces that have charges of their own, which the model's would have to replace
 OTHER_ELECTROSTATICS = (
@@ -36,30 +38,27 @@ class Settings:
             this many widths of the Gaussian dipole (`induction.widths`).
         boundary (boundaryCharges): of the MM atom of a cut bond. 'redistribute': spread over the MM atoms bonded to it,
             with what the ML region's charges in the force field differ from its charge; 'delete': not felt; 'keep'.
-        link_atom_distances (linkAtomDistances): ``[(i, j, distance), ...]`` as in openmm-ml.
+        link_atom_distances (linkAtomDistances): ``[(i, j, distance), ...]`` as in openmm-ml; nm.
     """
 
     damping: float = 0.0
     polarizabilities: Mapping[str, float] | tuple[float, ...] | None = None
     induction_damping: float = 0.0
     boundary: str = "redistribute"
-    link_atom_distances: Sequence[Any] = ()
+    link_atom_distances: tuple[tuple[int, int, float], ...] = ()
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
         """From keywords; raises `ValueError` or `TypeError` naming the keyword."""
-        damping: Any = given.get("dampingLength") or 0.0
-        if unit.is_quantity(damping):
-            damping = damping.value_in_unit(unit.nanometer)
         boundary = given.get("boundaryCharges", "redistribute")
         if boundary not in BOUNDARY_CHARGES:
             raise ValueError(f"boundaryCharges: expected one of {', '.join(BOUNDARY_CHARGES)}, got {boundary!r}")
         return cls(
-            _not_negative("dampingLength", damping, "a length (nm or a Quantity)") * 10.0,
+            10.0 * _not_negative("dampingLength", given.get("dampingLength"), "a length (nm or a Quantity)", NM),
             _polarizabilities(given.get("polarizabilities")),
-            _not_negative("inductionDamping", given.get("inductionDamping") or 0.0, "a number of widths"),
+            _not_negative("inductionDamping", given.get("inductionDamping"), "a number of widths"),
             boundary,
-            given.get("linkAtomDistances") or (),
+            _link_atom_distances(given.get("linkAtomDistances")),
         )
 
     def polarizabilities_of(self, numbers: Sequence[int], n_caps: int) -> tuple[float, ...] | None:
@@ -76,14 +75,26 @@ class Settings:
         return (*self.polarizabilities, *[0.0] * n_caps)
 
 
-def _not_negative(name: str, value: Any, what: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {what}, got {value!r}") from None
+def _not_negative(name: str, value: Any, what: str, units: Any = None) -> float:
+    """0 for None; a Quantity counts in `units`."""
+    number = 0.0 if value is None else in_units(value, units)
+    if math.isnan(number) and not isinstance(value, float):
+        raise TypeError(f"{name}: expected {what}, got {value!r}")
     if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name}: expected {what} that is not negative, got {value!r}")
+        raise ValueError(f"{name}: expected {what}, not negative, got {value!r}")
     return number
+
+
+def _link_atom_distances(value: Any) -> tuple[tuple[int, int, float], ...]:
+    try:
+        found = tuple((whole_number("i", i), whole_number("j", j), in_units(d, NM)) for i, j, d in value or ())
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not all(0.0 < distance < math.inf for _, _, distance in found):
+        raise ValueError(
+            f"linkAtomDistances: expected [(i, j, distance), ...] with lengths in nm or Quantities, got {value!r}"
+        )
+    return found
 
 
 def _polarizabilities(value: Any) -> Mapping[str, float] | tuple[float, ...] | None:
@@ -91,9 +102,7 @@ def _polarizabilities(value: Any) -> Mapping[str, float] | tuple[float, ...] | N
         return None
 
     def one(x: Any) -> float:
-        if unit.is_quantity(x):
-            x = x.value_in_unit(unit.angstrom**3)
-        return _not_negative("polarizabilities", x, "polarisabilities in angstrom^3")
+        return _not_negative("polarizabilities", x, "numbers in angstrom^3 or Quantities", unit.angstrom**3)
 
     if isinstance(value, Mapping):
         unknown = [symbol for symbol in value if symbol not in SYMBOLS]

@@ -445,6 +445,10 @@ def test_arguments(potential: MLPotential, solvated: Box, small: Box) -> None:
     for options, message in (
         ({"dampingLength": -0.1}, "dampingLength: expected a length"),
         ({"dampingLength": "far"}, "dampingLength: expected a length"),
+        ({"dampingLength": 1.0 * unit.kilojoule_per_mole}, "dampingLength: expected a length"),
+        ({"linkAtomDistances": [(0, 1, 0.1)]}, "linkAtomDistances: expected cut bonds, got .0, 1."),
+        ({"linkAtomDistances": [(0, 1)]}, r"linkAtomDistances: expected \[\(i, j, distance\), ...\]"),
+        ({"linkAtomDistances": [(0, 1, -0.1)]}, r"linkAtomDistances: expected \[\(i, j, distance\), ...\]"),
         ({"polarizabilities": {"Xx": 1.0}}, "polarizabilities: expected symbols of elements, got 'Xx'"),
         ({"polarizabilities": [1.0] * 21}, "polarizabilities: expected one for each of the 22 ML atoms, got 21"),
         ({"polarizabilities": 1.0}, "polarizabilities: expected angstrom"),
