@@ -60,12 +60,10 @@ class NativeEvaluator(Evaluator):
         self.so3krates = model
         self._skin = skin
         self._proved = False
-        # the lists that the engine holds, and which of their rebuilds
-        self._listed: tuple[HalfLists, int] | None = None
         self._engine = None if compile is False else self._make_engine()
         if self._engine is not None:
             terms = (model.cutoff, model.long_range, model.long_range_cutoff)
-            self.pairs: VerletPairs = HalfLists(self._batch, *terms, skin)
+            self.pairs: VerletPairs = HalfLists(self._engine, self._batch, *terms, skin)
 
     @property
     def compiled(self) -> bool | None:
@@ -157,12 +155,7 @@ class NativeEvaluator(Evaluator):
         cell: Tensor | None,
         potential: np.ndarray | None,
     ) -> _Result:
-        pairs.refresh(positions, cell)
-        if self._listed is None or self._listed[0] is not pairs or self._listed[1] != pairs.rebuilds:
-            for half, long_range in ((pairs.short, False), (pairs.long, True)):
-                if half is not None:
-                    engine.set_pairs(half.first, half.second, half.shift, long_range)
-            self._listed = pairs, pairs.rebuilds
+        pairs.give(positions, cell)
         box = None if cell is None else cell.numpy()
         charges, _ = engine.forward(positions.numpy(), box, torch.get_num_threads())
         extra: list[tuple[np.ndarray, np.ndarray]] = []  # energies and forces beside the engine's
@@ -247,8 +240,10 @@ class NativeEvaluator(Evaluator):
         truth = Evaluator(model, batch, ("energy", "forces"), False, self._skin)(moved, box)
         assert truth.forces is not None
         self._set_atoms(engine, batch, fixed.x)
-        mine = self._run_native(engine, HalfLists(batch, *terms, self._skin), batch, moved, box, None)
+        mine = self._run_native(engine, HalfLists(engine, batch, *terms, self._skin), batch, moved, box, None)
         self._set_atoms(engine, whole, self._fixed.x)
+        assert isinstance(self.pairs, HalfLists)
+        self.pairs.again()
         forces = truth.forces.double().numpy()
         if not np.isfinite(forces).all():
             return None

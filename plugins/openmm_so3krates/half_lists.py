@@ -1,48 +1,28 @@
-"""Half lists of pairs for the native code: every pair once, both lists of a model from one search."""
+"""Verlet lists of the native code: half lists, which the engine searches and keeps, both from one search."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from vesin import NeighborList
 
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials.neighbors import COINCIDENT, VerletPairs
+from openmm_so3krates.native import Engine
+
+#: angstrom; no atom of a periodic system is farther from the origin, because lattice shifts are kept as short integers
+FARTHEST = 1e5
 
 
-@dataclass(frozen=True)
-class HalfList:
-    """Pairs of atoms ``(P,)`` int32, and lattice vectors between them, ``(P, 3)`` int32, or None in open systems."""
-
-    first: np.ndarray
-    second: np.ndarray
-    shift: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def __getitem__(self, which: np.ndarray) -> HalfList:
-        return HalfList(self.first[which], self.second[which], None if self.shift is None else self.shift[which])
-
-
-def joined(lists: list[HalfList]) -> HalfList:
-    """One list after the other."""
-    shifts = [x.shift for x in lists if x.shift is not None]
-    first, second = (np.concatenate([getattr(x, name) for x in lists]) for name in ("first", "second"))
-    return HalfList(first, second, np.concatenate(shifts) if shifts else None)
-
-
-def all_pairs(counts: list[int]) -> HalfList:
-    """All pairs within each structure of an open batch."""
-    lists, start = [], 0
+def all_pairs(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs within each structure of an open batch, each once, ``(P,)`` twice."""
+    first, second, start = [], [], 0
     for n in counts:
         i, j = np.triu_indices(n, 1)
-        lists.append(HalfList((i + start).astype(np.int32), (j + start).astype(np.int32)))
+        first.append(i + start)
+        second.append(j + start)
         start += n
-    return joined(lists)
+    return np.concatenate(first), np.concatenate(second)
 
 
 def check_finite(positions: Tensor) -> None:
@@ -54,75 +34,74 @@ def check_finite(positions: Tensor) -> None:
 
 
 class HalfLists(VerletPairs):
-    """The Verlet lists of a batch as half lists, valid as long as those of `VerletPairs`, and restored as these are.
+    """The Verlet lists of a batch in an engine, valid as long as those of `VerletPairs`, and restored as these are.
 
     Attributes:
-        short, long: pairs within the cutoff and within the long-range cutoff (plus the skin); `long` is None for a
-            model without long-range terms. reference, reference_cell, rebuilds, fixed: as in the base class.
+        reference, reference_cell, rebuilds, fixed: as in the base class.
     """
 
     def __init__(
-        self, batch: Batch, cutoff: float, long_range: bool, long_range_cutoff: float | None, skin: float
+        self,
+        engine: Engine,
+        batch: Batch,
+        cutoff: float,
+        long_range: bool,
+        long_range_cutoff: float | None,
+        skin: float,
     ) -> None:
         super().__init__(batch.replace(pairs=None, long_range_pairs=None), cutoff, long_range, long_range_cutoff, skin)
+        self._engine = engine
         self._counts = batch.counts.tolist()
-        self.short: HalfList | None = None
-        self.long: HalfList | None = None
-        if self.fixed:
-            self.short = all_pairs(self._counts)
-            self.long = self.short if long_range else None
-        elif long_range and long_range_cutoff is None:
-            self.long = all_pairs(self._counts)
+        self._given = False
 
-    def refresh(self, positions: Tensor, cell: Tensor | None) -> bool:
-        """Make the lists valid at positions ``(N, 3)`` and cells ``(n_structures, 3, 3)``; whether they changed.
+    def give(self, positions: Tensor, cell: Tensor | None) -> None:
+        """Make the engine's lists valid at positions ``(N, 3)`` and cells ``(n_structures, 3, 3)``.
 
         Raises `ValueError` for positions that are not finite, and for two atoms at the same place.
         """
+        if not self._given:
+            self._give_all()
         if self.fixed or not self._stale(positions, cell):
-            return False
+            return
         check_finite(positions)
-        self._search(positions.numpy(), None if cell is None else cell.numpy())
+        self._search(positions, cell)
         self.reference = positions.detach().clone()
         self.reference_cell = None if cell is None else cell.detach().clone()
         self.rebuilds += 1
-        return True
 
     def restore(self, reference: Tensor | None, cell: Tensor | None = None) -> None:
         """Build the lists at the `reference` and `reference_cell` of an earlier run; None forgets the lists."""
         self.reference = None
         if reference is not None:
-            self.refresh(reference, cell)
+            self.give(reference, cell)
 
-    def _search(self, positions: np.ndarray, cell: np.ndarray | None) -> None:
+    def again(self) -> None:
+        """Give the engine, which was used for something else, the lists that it had."""
+        self._give_all()
+        if self.reference is not None:
+            self._search(self.reference, self.reference_cell)
+
+    def _give_all(self) -> None:
+        """The lists that never change."""
+        _, long_range, long_range_cutoff = self._terms
+        if self.fixed or (long_range and long_range_cutoff is None):
+            pairs = all_pairs(self._counts)
+            if self.fixed:
+                self._engine.set_pairs(*pairs, None, long_range=False)
+            if long_range:
+                self._engine.set_pairs(*pairs, None, long_range=True)
+        self._given = True
+
+    def _search(self, positions: Tensor, cell: Tensor | None) -> None:
+        if cell is not None and float(positions.abs().max()) > FARTHEST:
+            raise ValueError(
+                f"positions: expected atoms within {FARTHEST:g} angstrom of the origin, got one at "
+                f"{float(positions.abs().max()):g}"
+            )
         cutoff, long_range, long_range_cutoff = self._terms
-        both = long_range and long_range_cutoff is not None
-        reach = (max(cutoff, long_range_cutoff) if both and long_range_cutoff else cutoff) + self._skin
-        found, distances, start = [], [], 0
-        for s, n in enumerate(self._counts):
-            part = slice(start, start + n)
-            pairs, distance = _half_list(positions[part], None if cell is None else cell[s], reach, start)
-            found.append(pairs)
-            distances.append(distance)
-            start += n
-        pairs, distance = joined(found), np.concatenate(distances)
-        self.short = pairs[distance < cutoff + self._skin] if both else pairs
-        if both and long_range_cutoff is not None:
-            self.long = pairs if long_range_cutoff >= cutoff else pairs[distance < long_range_cutoff + self._skin]
-
-
-def _half_list(positions: np.ndarray, box: np.ndarray | None, reach: float, start: int) -> tuple[HalfList, np.ndarray]:
-    if box is None:
-        # the search is slow where the cutoff is far larger than the molecule
-        reach = min(reach, 1.01 * float(np.linalg.norm(np.ptp(positions, axis=0))) + 1.0)
-    search = NeighborList(cutoff=reach, full_list=False, n_threads=1)
-    lattice = np.zeros((3, 3)) if box is None else box
-    i, j, shift, distance = search.compute(positions, lattice, box is not None, "ijSd")
-    if len(distance) and distance.min() < COINCIDENT:
-        p = int(distance.argmin())
-        raise ValueError(
-            f"positions: atoms {int(i[p]) + start} and {int(j[p]) + start} are at the same place "
-            f"({float(distance[p]):.1e} angstrom)"
-        )
-    first, second = (np.asarray(x).astype(np.int32) + np.int32(start) for x in (i, j))
-    return HalfList(first, second, None if box is None else np.asarray(shift)), np.asarray(distance)
+        reach = 0.0 if not long_range or long_range_cutoff is None else long_range_cutoff + self._skin
+        box = None if cell is None else cell.contiguous().numpy()
+        points = positions.contiguous().numpy()
+        distance, (a, b) = self._engine.search(points, box, cutoff + self._skin, reach, torch.get_num_threads())
+        if distance < COINCIDENT:
+            raise ValueError(f"positions: atoms {a} and {b} are at the same place ({distance:.1e} angstrom)")

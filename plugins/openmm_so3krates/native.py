@@ -63,6 +63,11 @@ def library(features: int, heads: int, degrees: tuple[int, ...], dtype: torch.dt
     code.so3krates_delete.argtypes = code.so3krates_bytes.argtypes = [_POINTER]
     code.so3krates_atoms.argtypes = [_POINTER, ctypes.c_int64, ctypes.c_int64, *[_POINTER] * 4]
     code.so3krates_pairs.argtypes = [_POINTER, ctypes.c_int64, ctypes.c_int64, *[_POINTER] * 3]
+    code.so3krates_search.restype = ctypes.c_double
+    code.so3krates_search.argtypes = [_POINTER] * 3 + [ctypes.c_double] * 2 + [ctypes.c_int64, _POINTER]
+    code.so3krates_listed.argtypes = [_POINTER] * 2
+    code.so3krates_list.argtypes = [_POINTER, ctypes.c_int64, *[_POINTER] * 3]
+    code.so3krates_listed.restype = code.so3krates_list.restype = None
     code.so3krates_forward.argtypes = [_POINTER, ctypes.c_int64, *[_POINTER] * 4]
     code.so3krates_backward.argtypes = [_POINTER] * 4
     return code
@@ -293,18 +298,37 @@ class Engine:
     def set_pairs(self, first: np.ndarray, second: np.ndarray, shift: np.ndarray | None, long_range: bool) -> None:
         """A half list ``(P,)`` with lattice shifts ``(P, 3)``; `long_range` or within the cutoff (and a skin)."""
         first, second = (np.ascontiguousarray(x, dtype=np.int32) for x in (first, second))
-        if shift is not None:
-            if np.abs(shift).max(initial=0) > np.iinfo(np.int16).max:
-                raise RuntimeError("compile: pairs are too many lattice vectors apart for the native code")
-            shift = np.ascontiguousarray(shift, dtype=np.int16)
-        self._code.so3krates_pairs(
-            self._engine,
-            int(long_range),
-            len(first),
-            first.ctypes.data,
-            second.ctypes.data,
-            None if shift is None else shift.ctypes.data,
+        shift = None if shift is None else np.ascontiguousarray(shift, dtype=np.int16)
+        addresses = [None if x is None else x.ctypes.data for x in (first, second, shift)]
+        self._code.so3krates_pairs(self._engine, int(long_range), len(first), *addresses)
+
+    def search(
+        self, positions: np.ndarray, cell: np.ndarray | None, reach: float, long_reach: float, threads: int
+    ) -> tuple[float, tuple[int, int]]:
+        """Make both lists: all pairs within `reach` and, where it is not 0, within `long_reach` (angstrom).
+
+        Positions and cells as for `forward`. Returns the smallest distance (infinite without pairs), and its atoms.
+        """
+        box = None if cell is None else cell.ctypes.data
+        closest = (ctypes.c_int64 * 2)()
+        distance = self._code.so3krates_search(
+            self._engine, positions.ctypes.data, box, reach, long_reach, threads, ctypes.addressof(closest)
         )
+        self._check(distance < 0)
+        return float(distance), (closest[0], closest[1])
+
+    def lists(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """First and second atoms ``(P,)`` and lattice shifts ``(P, 3)`` of both lists; shifts are 0 in open systems."""
+        sizes = (ctypes.c_int64 * 2)()
+        self._code.so3krates_listed(self._engine, ctypes.addressof(sizes))
+        found = []
+        for which, n in enumerate(sizes):
+            first, second = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int32)
+            shift = np.zeros((n, 3), dtype=np.int16)
+            addresses = [x.ctypes.data for x in (first, second, shift)]
+            self._code.so3krates_list(self._engine, which, *addresses)
+            found.append((first, second, shift))
+        return found
 
     def forward(self, positions: np.ndarray, cell: np.ndarray | None, threads: int) -> tuple[np.ndarray, np.ndarray]:
         """Charges (e) and Hirshfeld ratios ``(N,)``, valid until the next call.
@@ -332,6 +356,6 @@ class Engine:
         """Bytes that the engine holds for one evaluation."""
         return int(self._code.so3krates_bytes(self._engine))
 
-    def _check(self, failed: int) -> None:
+    def _check(self, failed: bool | int) -> None:
         if failed:
             raise MemoryError(f"the native code of {SO3krates.family} ran out of memory")

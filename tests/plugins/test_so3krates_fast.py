@@ -244,9 +244,8 @@ def test_hirshfeld_ratios_and_memory() -> None:
     engine = Engine(model)
     fixed = model.fixed(batch)
     engine.set_atoms(batch.numbers.numpy(), batch.segment.numpy(), batch.charge.numpy(), fixed.x.numpy())
-    pairs = HalfLists(batch, model.cutoff, True, None, 0.6)
-    assert pairs.short is not None and len(pairs.short) == 45
-    engine.set_pairs(pairs.short.first, pairs.short.second, None, False)
+    HalfLists(engine, batch, model.cutoff, True, None, 0.6).give(batch.positions, None)
+    assert [len(first) for first, _, _ in engine.lists()] == [45, 45]
     _, ratios = engine.forward(structure.positions, None, 1)
     full = neighbors.derive(neighbors.with_pairs(batch, model.cutoff, False, None))
     x, _ = model.features(fixed, model.geometry(full))
@@ -254,6 +253,36 @@ def test_hirshfeld_ratios_and_memory() -> None:
     assert expected is not None
     np.testing.assert_allclose(ratios, expected.numpy(), rtol=0.0, atol=1e-12)
     assert 1e4 < engine.memory < 1e7
+
+
+@needs_compiler
+@pytest.mark.parametrize("cell", [None, TRICLINIC, 0.4 * TRICLINIC, np.diag([40.0, 3.0, 9.0])])
+def test_lists_are_those_of_vesin(cell: np.ndarray | None) -> None:
+    model = random_model(13, **NARROW | {"long_range_cutoff": 5.0})
+    random = np.random.default_rng(3)
+    n = 60 if cell is None else 20
+    positions = random.uniform(-4.0, 4.0, (n, 3)) if cell is None else random.uniform(-3.0, 3.0, (n, 3)) @ cell
+    batch = without_lists(model, [Structure(np.full(n, 6), positions, cell=cell)] * 2)
+    engine = Engine(model)
+    fixed = model.fixed(batch)
+    engine.set_atoms(batch.numbers.numpy(), batch.segment.numpy(), batch.charge.numpy(), fixed.x.numpy())
+    both_positions = np.concatenate([positions, positions])
+    box = None if cell is None else np.stack([cell, cell])
+    for short, long in ((2.5, 5.63), (4.1, 3.07)):
+        distance, _ = engine.search(both_positions, box, short, long, 2)
+        for (first, second, shift), reach in zip(engine.lists(), (short, long), strict=True):
+            expected = neighbors.pairs_within(batch, reach, half=True)
+            offsets = torch.zeros(len(expected), 3) if expected.offsets is None else expected.offsets
+            theirs = torch.column_stack([expected.first, expected.second, offsets]).long().numpy()
+            assert directed(np.column_stack([first, second, shift])) == directed(theirs)
+        vectors = batch.pair_vectors(neighbors.pairs_within(batch, max(short, long), half=True))
+        assert distance == pytest.approx(float(vectors.norm(dim=-1).min()), rel=1e-12)
+
+
+def directed(rows: np.ndarray) -> list[tuple[int, ...]]:
+    """Pairs (first, second, shift) in both directions, sorted."""
+    back = np.column_stack([rows[:, 1], rows[:, 0], -rows[:, 2:]])
+    return sorted(map(tuple, np.concatenate([rows, back]).tolist()))
 
 
 def test_hermite_tables_join_fifth_order_polynomials_without_error() -> None:

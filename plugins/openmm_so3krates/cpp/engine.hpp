@@ -121,6 +121,8 @@ struct Engine {
     int pair_tasks() const { return (n_pairs + PAIRS_PER_TASK - 1) / PAIRS_PER_TASK; }
     int heads_width() const { return int(c.energy_width + c.charge_width + c.hirshfeld_width); }
 
+    double search(const double* positions, const double* cell, double short_reach, double long_reach, int n_threads,
+                  int64_t* closest_pair);
     void geometry(const double* positions, const double* cell);
     void start();
     void project(const Layer& layer, const real* x, int m, real* out) const;

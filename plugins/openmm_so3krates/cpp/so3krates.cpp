@@ -8,6 +8,7 @@
 
 #include "layers_back.hpp"
 #include "long_range.hpp"
+#include "search.hpp"
 
 extern "C" {
 
@@ -56,6 +57,28 @@ void so3krates_pairs(Engine* engine, int64_t which, int64_t count, const int32_t
         set(engine->long_first, engine->long_second, engine->long_shift);
     else
         set(engine->first, engine->second, engine->shift);
+}
+
+// Both lists, made here: pairs within `short_reach` and, where it is not 0, `long_reach`. Returns the smallest distance
+// and its atoms, or -1 if memory ran out.
+double so3krates_search(Engine* engine, const double* positions, const double* cell, double short_reach,
+                        double long_reach, int64_t threads, int64_t* closest_pair) try {
+    return engine->search(positions, cell, short_reach, long_reach, int(threads), closest_pair);
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// The lists as they are: sizes (2), or their contents, `which` as in so3krates_pairs.
+void so3krates_listed(const Engine* engine, int64_t* sizes) {
+    sizes[0] = int64_t(engine->first.size()), sizes[1] = int64_t(engine->long_first.size());
+}
+
+void so3krates_list(const Engine* engine, int64_t which, int32_t* first, int32_t* second, int16_t* shift) {
+    const Engine& e = *engine;
+    const auto &from = which ? e.long_first : e.first, &to = which ? e.long_second : e.second;
+    const auto& shifts = which ? e.long_shift : e.shift;
+    std::copy(from.begin(), from.end(), first), std::copy(to.begin(), to.end(), second);
+    std::copy(shifts.begin(), shifts.end(), shift);
 }
 
 // Everything but derivatives: charges (n), ratios (n). Returns 0, or 1 if memory ran out.
