@@ -6,6 +6,7 @@ import json
 import logging
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,46 @@ def test_second_derivatives(models: dict[torch.dtype, SO3krates], references: di
     expected = (forces[0] - forces[1]) / 2e-4
     scale = np.abs(expected).max()
     np.testing.assert_allclose(model.hessian_products(s, v[None])[0], expected, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("names", "periodic"),
+    [(("chloromethane", "dimethylphosphate_m1"), False), (("methanethiol", "fluoroform"), True)],
+)
+def test_structures_that_nobody_stored(
+    names: tuple[str, str],
+    periodic: bool,
+    models: dict[torch.dtype, SO3krates],
+    references: dict[str, Reference],
+    so3krates_plain: ModuleType,
+) -> None:
+    """Two molecules side by side, their atoms displaced at random, against the second implementation."""
+    parts = [references[n].structure for n in names]
+    rng = np.random.default_rng(7)
+    positions = np.concatenate([s.positions - s.positions.mean(0) + [4.5 * k, 0, 0] for k, s in enumerate(parts)])
+    numbers = np.concatenate([s.numbers for s in parts])
+    cell = np.array([[9.5, 0, 0], [0.8, 7.5, 0], [-0.5, 1.0, 8.0]]) if periodic else None
+    s = Structure(numbers, positions + rng.normal(0, 0.05, positions.shape), sum(p.charge for p in parts), 1, cell)
+    model = models[torch.float64]
+    model.long_range_cutoff = 6.0 if periodic else None
+    try:
+        result = model.evaluate(model.batch(s))
+        expected = so3krates_plain.PlainSO3krates(model).evaluate(s.numbers, s.positions, s.charge, 0, cell)
+        assert float(result.energy) == pytest.approx(expected["energy"], abs=1e-8)
+        np.testing.assert_allclose(result.charges, expected["charges"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(hirshfeld_ratios(model, s), expected["hirshfeld"], rtol=0, atol=1e-9)
+        direction, h = rng.normal(size=positions.shape), 1e-3
+        energies = []
+        for k in (-1, 1):
+            moved = s.positions + k * h * direction
+            energies.append(
+                so3krates_plain.PlainSO3krates(model).evaluate(s.numbers, moved, s.charge, 0, cell)["energy"]
+            )
+    finally:
+        model.long_range_cutoff = None
+    assert result.forces is not None
+    slope = float((result.forces.numpy() * direction).sum())
+    assert slope == pytest.approx((energies[0] - energies[1]) / (2 * h), rel=1e-3, abs=1e-3)
 
 
 # -- what it refuses ----------------------------------------------------------------------------------------------
