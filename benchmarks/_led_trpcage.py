@@ -27,6 +27,8 @@ INTERVAL, TEMPERATURE = 2.0, 300.0
 #: frames between the two ends of a pair, for slow coordinates and timescales
 LAG = 5
 BINS = 25
+#: ways to share out training and validation replicas for the choice of settings
+FOLDS = 3
 MEASURES = ("RMSD of CA", "RMSD of heavy atoms", "radius of gyration", "end to end", "TICA 1", "TICA 2")
 UNITS = ("nm", "nm", "nm", "nm", "", "")
 
@@ -45,6 +47,22 @@ class Data:
     def read(cls, folder: Path) -> Data:
         """What `led_data.py` has written to a folder so far."""
         return cls({s: [r.positions for r in load("trpcage", s, folder=folder)] for s in SPLITS})
+
+    def first(self, frames: int) -> Data:
+        """The first so many frames of every replica; raises `ValueError` if one has fewer."""
+        if frames > self.frames_each:
+            raise ValueError(f"frames: expected at most the {self.frames_each} of every replica, got {frames}")
+        return Data({s: [x[:frames] for x in runs] for s, runs in self.runs.items()})
+
+    def fold(self, k: int) -> Data:
+        """Training and validation replicas shared out anew for cross-validation, in `FOLDS` ways: a third of them is
+        held back as "test", two more are "valid". The test replicas are in none of them."""
+        replicas = [*self.runs["train"], *self.runs["valid"]]
+        order = np.random.default_rng(0).permutation(len(replicas)).tolist()
+        held = order[k::FOLDS]
+        rest = [i for i in order if i not in held]
+        shares = {"train": rest[len(self.runs["valid"]) :], "valid": rest[: len(self.runs["valid"])], "test": held}
+        return Data({s: [replicas[i] for i in sorted(share)] for s, share in shares.items()})
 
     def trajectories(self, split: str) -> Trajectories:
         names = tuple(f"{split} {k}" for k in range(len(self.runs[split])))

@@ -7,11 +7,14 @@ Native-basin dynamics: folding takes microseconds and is not in the data. As muc
 (whole rounds, the same length for every replica), split by replica; how much that is stands in the results, which are
 kept in a folder per amount of data. Stopped, it goes on.
 
-The forms of features and decoder in `CANDIDATES` are compared on the validation replicas, then the propagators in
-`PROPAGATORS` by their likelihood there; the best are trained from three seeds and compared with the test replicas.
-Generated are, from the beginnings of the replicas, 32 trajectories each of their length, every frame decoded. Rows
-beside it: a Markov state model and a linear-Gaussian model of the same two slow coordinates, which give back frames of
-the training data, and the training data themselves.
+Settings are chosen once, by cross-validation over the training and validation replicas (three ways to hold back a
+third of them; of fewer frames, to save time, with --choice-frames), and kept in ``choice.json``; the test replicas
+take no part. First the forms of encoder and decoder in `CANDIDATES`, then the propagators in `PROPAGATORS`, by
+`score`: divergences of what is generated from held-back replicas, in units of those of the dynamics it was trained on,
+and the ratio of slow timescales. The best are trained from three seeds on the training replicas and compared with the
+test replicas. Generated are, from the beginnings of the replicas, 32 trajectories each of their length, every frame
+decoded. Rows beside it: a Markov state model and a linear-Gaussian model of the same two slow coordinates, which give
+back frames of the training data, and the training data themselves.
 
 Measures: RMSD from the experimental structure (CA, heavy atoms), radius of gyration, end-to-end distance, and the two
 slowest coordinates (TICA of distances between CA, fitted to training replicas); Jensen-Shannon divergence (25 bins)
@@ -22,10 +25,11 @@ of the latent coordinates as they are propagated. 200 decoded frames are relaxed
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,7 @@ import torch
 from _common import HERE, machine, write
 from _led_systems import FOLDER as DATA
 from _led_systems import topology_of
-from _led_trpcage import INTERVAL, LAG, MEASURES, TEMPERATURE, Data, picture, timescale
+from _led_trpcage import FOLDS, INTERVAL, LAG, MEASURES, TEMPERATURE, Data, picture, timescale
 from rich.console import Console
 from rich.table import Table
 
@@ -48,127 +52,118 @@ from openmm_mlff.sampling.propagators import Propagator, load_propagator
 
 FOLDER = HERE.parent / ".work" / "led_trpcage"
 SEEDS = (0, 1, 2)
-WARM_UP, WALKERS = 5, 32
+BASELINES = ("MSM", "linear-Gaussian")
+WARM_UP = 5
+#: trajectories from each beginning: for the choice, and for the results
+FEW_WALKERS, WALKERS = 8, 32
 #: kernels at training frames at most
-KERNELS = 2000
+KERNELS = 4000
 RELAXED, BLOCK = 200, 5
 FOLLOWED = 10.0
+#: factor between timescales that counts for the score where there is none to compare
+NO_TIMESCALE = 10.0
 
 BASE = LEDConfig(
     latent_dim=2, encoder_widths=(), decoder_widths=(32,), objective="tica", lag=LAG, decoder="principal",
-    decoder_kernels=1, decoder_draws=8, hidden=16, kernels=1, floor=0.2,
+    decoder_kernels=1, decoder_floor=0.2, decoder_draws=8, hidden=8, kernels=1, floor=0.1,
 )  # fmt: skip
-OPTIONS = LEDOptions(autoencoder_steps=1000, batch=1024, propagator_steps=1000, lanes=10, chunk=100, learning_rate=2e-3)
+OPTIONS = LEDOptions(autoencoder_steps=500, batch=1024, propagator_steps=1000, lanes=10, chunk=100, learning_rate=2e-3)
 #: features, and what differs from `BASE`; 0 kernels stands for one at each training frame
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
-    "principal axes": ("distances", {}),
-    "principal axes, kernels 0.2": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.2}),
-    "principal axes, kernels 0.35": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.35}),
-    "principal axes, kernels 0.5": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.5}),
-    "Cartesian principal axes": ("cartesian", {}),
-    "Cartesian, kernels 0.35": ("cartesian", {"decoder_kernels": 0, "decoder_floor": 0.35}),
-    "autoregressive torsions": ("distances", {"decoder": "autoregressive", "decoder_kernels": 4}),
-    "joint": ("distances", {"decoder": "joint", "decoder_floor": 0.05}),
-    "principal axes, VAMP": ("distances", {"objective": "both", "encoder_widths": (32,)}),
+    "distances": ("distances", {"decoder_kernels": 0}),
+    "distances, 4 latent": ("distances", {"decoder_kernels": 0, "latent_dim": 4}),
+    "Cartesian, 4 latent": ("cartesian", {"decoder_kernels": 0, "latent_dim": 4}),
 }
-#: what differs from `BASE`; all forget the past slowly enough only if the data say so
+#: what differs from `BASE`
 PROPAGATORS: dict[str, dict[str, Any]] = {
-    "GRU 16": {},
-    "GRU 4": {"hidden": 4},
-    "GRU 64": {"hidden": 64},
-    "GRU 16, narrower": {"floor": 0.05},
-    "GRU 16, 3 kernels": {"kernels": 3},
-    "GRU 64, 3 kernels": {"hidden": 64, "kernels": 3, "floor": 0.05},
+    "GRU 8": {},
+    "GRU 16": {"hidden": 16},
+    "GRU 4, 3 kernels": {"hidden": 4, "kernels": 3},
 }
-DEFAULT = "GRU 16"
-_data: list[Data] = []
+DEFAULT = "GRU 8"
 
 
-def data() -> Data:
-    """Read once; `main` says from which folder."""
-    if not _data:
-        _data.append(Data.read(DATA))
-    return _data[0]
+@cache
+def data(folder: str, frames: int, fold: int | None = None) -> Data:
+    """The first frames of every replica, all splits; or those of a fold (see `Data.fold`)."""
+    whole = Data.read(Path(folder)).first(frames)
+    return whole if fold is None else whole.fold(fold)
 
 
-def features(kind: str) -> Features:
-    topology = topology_of("trpcage")
-    if kind == "cartesian":
-        return Features.cartesian(topology, data().runs["train"][0][0], "heavy")
-    return Features.distances(topology, None, "heavy")
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
-def config(candidate: str, propagator: str) -> tuple[Features, LEDConfig]:
+def config(candidate: str, propagator: str, source: Data) -> tuple[Features, LEDConfig]:
     kind, changes = CANDIDATES[candidate]
     chosen = changes | PROPAGATORS[propagator]
     if chosen.get("decoder_kernels") == 0:
-        chosen["decoder_kernels"] = min(KERNELS, data().trajectories("train").n_frames)
-    return features(kind), replace(BASE, **chosen)
+        chosen["decoder_kernels"] = min(KERNELS, source.trajectories("train").n_frames)
+    topology = topology_of("trpcage")
+    if kind == "cartesian":
+        return Features.cartesian(topology, source.runs["train"][0][0], "heavy"), replace(BASE, **chosen)
+    return Features.distances(topology, None, "heavy"), replace(BASE, **chosen)
 
 
-def trained(candidate: str, propagator: str, seed: int, path: Path) -> Propagator:
-    """The model file, or training that ends with it."""
-    if not path.exists():
-        chosen, settings = config(candidate, propagator)
-        learner = LEDLearner(chosen, settings, replace(OPTIONS, seed=seed))
-        sets = [data().trajectories(s) for s in ("train", "valid")]
-        learner.fit(*sets, path.with_suffix(""), temperature=TEMPERATURE, progress=False).save(path)
-    return load_propagator(path)
-
-
-def baseline(name: str, seed: int) -> Propagator:
-    train = data().trajectories("train")
-    if name == "MSM":
+def trained(task: dict[str, Any], source: Data, path: Path) -> tuple[Propagator, float | None]:
+    """The model of a task, and of LED the least validation loss of its propagator; training is kept beside `path`."""
+    train = source.trajectories("train")
+    if task["name"] == "MSM":
         states = max(10, round(train.n_frames**0.5))
-        return MSMPropagator.fit(data().tica, train, n_states=states, temperature=TEMPERATURE, seed=seed)
-    return LinearGaussian.fit(data().tica, train, temperature=TEMPERATURE, seed=seed)
+        model = MSMPropagator.fit(source.tica, train, n_states=states, temperature=TEMPERATURE, seed=task["seed"])
+        return model, None
+    if task["name"] == "linear-Gaussian":
+        return LinearGaussian.fit(source.tica, train, temperature=TEMPERATURE, seed=task["seed"]), None
+    stored, folder = path.with_suffix(".safetensors"), path.with_suffix("")
+    if not stored.exists():
+        features, settings = config(task["candidate"], task["propagator"], source)
+        learner = LEDLearner(features, settings, replace(OPTIONS, seed=task["seed"]))
+        learner.fit(train, source.trajectories("valid"), folder, temperature=TEMPERATURE, progress=False).save(stored)
+    history = json.loads((folder / "propagator_0" / "history.json").read_text(encoding="utf-8"))
+    return load_propagator(stored), min(row["valid_loss"] for row in history)
 
 
-def generated(model: Propagator, split: str, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def generated(model: Propagator, source: Data, seed: int, walkers: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Measures ``(n_frames, 6)`` of decoded frames, and latent coordinates, of trajectories from the beginnings of
-    the replicas and as long as they are."""
+    the test replicas and as long as they are."""
     random = np.random.default_rng([seed, 11])
-    runs = data().runs[split]
-    past = np.stack([model.encode(run[:WARM_UP].astype(np.float64)) for run in runs for _ in range(WALKERS)])
+    runs = source.runs["test"]
+    past = np.stack([model.encode(run[:WARM_UP].astype(np.float64)) for run in runs for _ in range(walkers)])
     path, _ = model.run(model.start(past), min(map(len, runs)) - WARM_UP, random)
-    return [data().measure(model.decode(z, random)) for z in path], list(path)
+    return [source.measure(model.decode(z, random)) for z in path], list(path)
 
 
-def evaluate(model: Propagator, split: str, seed: int) -> dict[str, Any]:
-    """Divergences from the replicas of a split, and timescales."""
-    measured, latent = generated(model, split, seed)
-    reference = np.concatenate(data().measured[split])
-    runs = data().runs[split]
-    decoded = model.decode(
-        np.concatenate([model.encode(x.astype(np.float64)) for x in runs]).repeat(5, axis=0),
-        np.random.default_rng([seed, 12]),
-    )
+def evaluate(model: Propagator, source: Data, seed: int, walkers: int) -> dict[str, Any]:
+    """Divergences from the test replicas, and timescales beside theirs."""
+    measured, latent = generated(model, source, seed, walkers)
+    training, reference = (np.concatenate(source.measured[split]) for split in ("train", "test"))
+    z = np.concatenate([model.encode(x.astype(np.float64)) for x in source.runs["test"]])
+    decoded = model.decode(z.repeat(5, axis=0), np.random.default_rng([seed, 12]))
     return {
-        "divergence": data().divergences(np.concatenate(measured), reference),
-        "decoder": data().divergences(data().measure(decoded), reference),
+        "divergence": source.divergences(np.concatenate(measured), reference),
+        "decoder": source.divergences(source.measure(decoded), reference),
+        "training_divergence": source.divergences(training, reference),
         "timescale_ps": timescale([x[:, 4:] for x in measured]),
         "latent_timescale_ps": timescale(latent),
+        "md_timescale_ps": timescale([x[:, 4:] for x in source.measured["test"]]),
     }
 
 
 def run(task: dict[str, Any], path: Path) -> dict[str, str]:
-    """Worker of `run_tasks`: train one model and measure it on one split."""
+    """Worker of `run_tasks`: train one model and measure it."""
     torch.set_num_threads(1)
-    if task["name"] in ("MSM", "linear-Gaussian"):
-        model = baseline(task["name"], task["seed"])
-    else:
-        stored = path.parent / f"{task['model']}.safetensors"
-        model = trained(task["candidate"], task["propagator"], task["seed"], stored)
-    found = {**task, **evaluate(model, task["split"], task["seed"])}
+    source = data(*task["data"])
+    model, loss = trained(task, source, path)
+    found = {**task, "valid_nll": loss, **evaluate(model, source, task["seed"], task["walkers"])}
     write_atomically(path, (json.dumps(found) + "\n").encode())
     return {}
 
 
 def relax(task: dict[str, Any], path: Path) -> dict[str, str]:
     """Worker of `run_tasks`: decode a block of frames, relax each and follow it."""
+    torch.set_num_threads(1)
     model = load_propagator(task["model"])
     system = openmm.XmlSerializer.deserialize((DATA / "trpcage" / "system.xml").read_text(encoding="utf-8"))
-    topology, runs = topology_of("trpcage"), data().runs["test"]
+    topology, runs = topology_of("trpcage"), data(*task["data"]).runs["test"]
     settings = RelaxationSettings(free=FOLLOWED)
     mapper = BackMapper(
         system, topology, range(topology.getNumAtoms()), runs[0][0], TEMPERATURE, 0.004, settings, platform="CPU"
@@ -191,49 +186,99 @@ def relax(task: dict[str, Any], path: Path) -> dict[str, str]:
     return {}
 
 
-def execute(tasks: dict[str, dict[str, Any]], worker: Any, folder: Path, title: str) -> list[Any]:
-    """Run tasks one after the other and read what they wrote, in order; what failed is said and left out."""
-    outcome = run_tasks(tasks, worker, folder, log=folder / "failures.jsonl", suffix=".json", progress=False,
-                        title=title)  # fmt: skip
+def execute(tasks: dict[str, dict[str, Any]], worker: Any, folder: Path, title: str, processes: int) -> list[Any]:
+    """Run tasks and read what they wrote, in order; what failed is said and left out."""
+    outcome = run_tasks(tasks, worker, folder, log=folder / "failures.jsonl", suffix=".json", processes=processes,
+                        progress=False, title=title)  # fmt: skip
     for name, error in outcome.failed.items():
         print(f"{name}: {error}")
     paths = [folder / f"{name}.json" for name in tasks]
     return [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
 
 
-def choose(folder: Path) -> list[dict[str, Any]]:
-    """All candidates on the validation replicas, the best (least mean divergence of generated frames) first."""
+# -- choice of settings ------------------------------------------------------------------------------------------------
+
+
+def chosen(folder: Path, where: tuple[str, int], processes: int) -> dict[str, Any]:
+    """``choice.json``, made with the data that there are now if it does not exist; best rows first."""
+    path = folder / "choice.json"
+    if not path.exists():
+        work = folder / f"choice_{where[1]}"
+        decoders = compared({name: (name, DEFAULT) for name in CANDIDATES}, where, work, "decoder", processes)
+        best = decoders[0]["candidate"]
+        others = {name: (best, name) for name in PROPAGATORS if name != DEFAULT}
+        propagators = [*compared(others, where, work, "propagator", processes), decoders[0] | {"name": DEFAULT}]
+        propagators.sort(key=lambda row: row["score"])
+        found = {
+            "picoseconds_of_each_replica": where[1] * INTERVAL,
+            "replicas": sum(len(data(*where).runs[s]) for s in ("train", "valid")), "folds": FOLDS,
+            "decoder": best, "propagator": propagators[0]["propagator"],
+            "decoders": decoders, "propagators": propagators,
+        }  # fmt: skip
+        write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for what in ("decoders", "propagators"):
+        table = Table(what, "score", "divergence", "of training MD", "timescale", "of MD", "validation loss")
+        for row in found[what]:
+            table.add_row(row["name"], *(f"{row[name]:.3g}" for name in SUMMARY))
+        Console(width=150).print(table)
+    return found
+
+
+SUMMARY = ("score", "mean_divergence", "mean_training_divergence", "timescale_ps", "md_timescale_ps", "valid_nll")
+
+
+def compared(
+    candidates: dict[str, tuple[str, str]], where: tuple[str, int], folder: Path, title: str, processes: int
+) -> list[dict[str, Any]]:
+    """One row per candidate (decoder, propagator) from all folds, the best first."""
     tasks = {
-        f"valid_{k}": {"name": name, "candidate": name, "propagator": DEFAULT, "model": f"candidate_{k}", "seed": 0,
-                       "split": "valid"}
-        for k, name in enumerate(CANDIDATES)
+        f"{title}_{k}_{fold}": {"name": name, "candidate": candidate, "propagator": propagator, "seed": 0,
+                                "data": [*where, fold], "walkers": FEW_WALKERS}
+        for k, (name, (candidate, propagator)) in enumerate(candidates.items()) for fold in range(FOLDS)
     }  # fmt: skip
-    return sorted(execute(tasks, run, folder, "candidates"), key=mean_divergence)
+    rows = execute(tasks, run, folder, title, processes)
+    found = [score([row for row in rows if row["name"] == name]) for name in candidates]
+    return sorted(found, key=lambda row: row["score"])
 
 
-def mean_divergence(row: dict[str, Any]) -> float:
-    return float(np.mean(list(row["divergence"].values())))
+def score(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean divergence in units of that of the dynamics trained on, plus |ln| of the ratio of timescales (geometric
+    means over the folds). Both are about one and zero for a model that knows what its data say."""
+    mean = {
+        name: float(np.mean([list(row[name].values()) for row in folds]))
+        for name in ("divergence", "training_divergence")
+    }
+    times = {
+        name: [row[name]["value"] for row in folds if row[name]["value"] is not None]
+        for name in ("timescale_ps", "md_timescale_ps")
+    }
+    typical = {name: float(np.exp(np.mean(np.log(t)))) if t else float("nan") for name, t in times.items()}
+    apart = abs(float(np.log(typical["timescale_ps"] / typical["md_timescale_ps"])))
+    if any(len(t) < len(folds) for t in times.values()):
+        apart = float(np.log(NO_TIMESCALE))
+    first = {name: folds[0][name] for name in ("name", "candidate", "propagator")}
+    return first | {
+        "score": mean["divergence"] / mean["training_divergence"] + apart,
+        "mean_divergence": mean["divergence"],
+        "mean_training_divergence": mean["training_divergence"],
+        **typical,
+        "valid_nll": float(np.mean([row["valid_nll"] for row in folds])),
+        "folds": [{name: row[name] for name in ("divergence", "decoder", "timescale_ps", "latent_timescale_ps",
+                                                "md_timescale_ps")} for row in folds],
+    }  # fmt: skip
 
 
-def choose_propagator(folder: Path, candidate: str) -> list[dict[str, Any]]:
-    """All propagators with one decoder, the best (most likely validation replicas) first."""
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def back_mapping(folder: Path, where: tuple[str, int], blocks: int, processes: int) -> dict[str, Any]:
+    """Fates of decoded frames of the first seed's model."""
+    model = str(folder / f"led_{SEEDS[0]}.safetensors")
     tasks = {
-        f"propagator_{k}": {"name": name, "candidate": candidate, "propagator": name, "model": f"propagator_{k}_model",
-                            "seed": 0, "split": "valid"}
-        for k, name in enumerate(PROPAGATORS)
-    }  # fmt: skip
-    rows = execute(tasks, run, folder, "propagators")
-    for row in rows:
-        with (folder / row["model"] / "propagator_0" / "history.csv").open(encoding="utf-8", newline="") as file:
-            row["nll"] = min(float(line["valid_loss"]) for line in csv.DictReader(file))
-    return sorted(rows, key=lambda row: row["nll"])
-
-
-def back_mapping(folder: Path, blocks: int) -> dict[str, Any]:
-    """Fates of the decoded frames of the first seed's model that were relaxed so far."""
-    model = str(folder / "led_0.safetensors")
-    tasks = {f"relaxed_{k}": {"model": model, "seed": 0, "first": k * BLOCK} for k in range(blocks)}
-    reports = [r for block in execute(tasks, relax, folder, "relaxation") for r in block]
+        f"relaxed_{k}": {"model": model, "data": where, "seed": SEEDS[0], "first": k * BLOCK} for k in range(blocks)
+    }
+    reports = [r for block in execute(tasks, relax, folder, "relaxation", processes) for r in block]
     fates = Counter(f"{r['reason']} when {r['stage']}" if r["reason"] else "sound" for r in reports)
     moved = [r["moved"] for r in reports if r["moved"] is not None]
     return {
@@ -251,30 +296,40 @@ def show(rows: list[dict[str, Any]], level: dict[str, Any], title: str) -> None:
     for row in rows:
         times = [row.get(name, {}).get("value") for name in ("timescale_ps", "latent_timescale_ps")]
         table.add_row(
-            f"{row['name']} {row.get('seed', '')}", *(f"{v:.3f}" for v in row["divergence"].values()),
+            f"{row['name']} {row.get('seed', '')}", *(f"{v:.4f}" for v in row["divergence"].values()),
             *("-" if t is None else f"{t:.0f} ps" for t in times),
         )  # fmt: skip
-    table.add_row("2 x floor", *(f"{2 * level[name]['train']:.3f}" for name in MEASURES))
+    table.add_row("2 x floor", *(f"{2 * level[name]['train']:.4f}" for name in MEASURES))
     Console(width=150).print(table)
 
 
 def verdict(rows: list[dict[str, Any]], level: dict[str, Any], md: dict[str, Any]) -> dict[str, Any]:
     """Which measures are within twice the floor (mean of the seeds), and which timescales within the interval."""
-    led = [row for row in rows if row["name"] == "LED"]
-    mean = {name: float(np.mean([row["divergence"][name] for row in led])) for name in MEASURES}
     interval = md["test"] if md["test"]["low"] is not None else md["all"]
-    inside = {
-        kind: [
-            row[kind]["value"] is not None and interval["low"] <= row[kind]["value"] <= interval["high"] for row in led
-        ]
-        for kind in ("timescale_ps", "latent_timescale_ps")
-    }
-    return {
-        "divergence": mean,
-        "within_twice_the_floor": {name: mean[name] <= 2 * level[name]["train"] for name in MEASURES},
-        "interval_ps": interval,
-        "timescale_inside": inside,
-    }
+    found: dict[str, Any] = {"interval_ps": interval}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        mean = {m: float(np.mean([row["divergence"][m] for row in mine])) for m in MEASURES}
+        values = {kind: [row[kind]["value"] for row in mine] for kind in ("timescale_ps", "latent_timescale_ps")}
+        found[name] = {
+            "divergence": mean,
+            "within_twice_the_floor": {m: mean[m] <= 2 * level[m]["train"] for m in MEASURES},
+            "timescale_inside": {
+                kind: [t is not None and interval["low"] <= t <= interval["high"] for t in times]
+                for kind, times in values.items()
+            },
+        }
+    return found
+
+
+def compare(folder: Path, where: tuple[str, int], choice: dict[str, Any], processes: int) -> list[dict[str, Any]]:
+    """LED from all seeds and the other models, against the test replicas."""
+    common = {"data": where, "walkers": WALKERS}
+    tasks = {
+        f"led_{s}": {"name": "LED", "candidate": choice["decoder"], "propagator": choice["propagator"], "seed": s}
+        for s in SEEDS
+    } | {name: {"name": name, "seed": 0} for name in BASELINES}
+    return execute({name: task | common for name, task in tasks.items()}, run, folder, "models", processes)
 
 
 def main() -> None:
@@ -282,52 +337,43 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--frames", type=int, default=RELAXED, help="decoded frames to relax")
     parser.add_argument("--data", type=Path, default=DATA, help="where `led_data.py` wrote to")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--choice-frames", type=int, metavar="N", help="of each replica, for the choice; default: all")
+    parser.add_argument("--choose-only", action="store_true", help="choose settings, leave the test replicas alone")
     arguments = parser.parse_args()
     about = machine()
-    _data[:] = [Data.read(arguments.data)]
-    folder = arguments.folder / f"{data().frames_each}_frames"
-    folder.mkdir(parents=True, exist_ok=True)
-    amount = {split: data().nanoseconds(split) for split in data().runs}
+    where = (str(arguments.data), Data.read(arguments.data).frames_each)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    choice = chosen(arguments.folder, (where[0], arguments.choice_frames or where[1]), arguments.processes)
+    print(f"chosen: {choice['decoder']}; {choice['propagator']}")
+    if arguments.choose_only:
+        return
+    source, folder = data(*where), arguments.folder / f"{where[1]}_frames"
+    amount = {split: source.nanoseconds(split) for split in source.runs}
     print("ns of dynamics:", amount)
-    level = data().floors()
-    candidates = choose(folder)
-    show(candidates, level, "candidates, against the validation replicas")
-    best = candidates[0]["name"]
-    propagators = choose_propagator(folder, best)
-    fitting = propagators[0]["name"]
-    print(f"chosen: {best}, {fitting};", {row["name"]: round(row["nll"], 3) for row in propagators})
-    tasks = {
-        f"test_{s}": {"name": "LED", "candidate": best, "propagator": fitting, "model": f"led_{s}", "seed": s,
-                      "split": "test"}
-        for s in SEEDS
-    }  # fmt: skip
-    tasks |= {name: {"name": name, "seed": 0, "split": "test"} for name in ("MSM", "linear-Gaussian")}
-    rows = execute(tasks, run, folder, "models")
-    test = np.concatenate(data().measured["test"])
-    slow = {s: [x[:, 4:] for x in runs] for s, runs in data().measured.items()}
+    level = source.floors()
+    rows = compare(folder, where, choice, arguments.processes)
+    slow = {s: [x[:, 4:] for x in runs] for s, runs in source.measured.items()}
     times = {s: timescale(x) for s, x in slow.items()} | {"all": timescale([x for runs in slow.values() for x in runs])}
-    training = np.concatenate(data().measured["train"])
-    reference = {"name": "MD, training", "divergence": data().divergences(training, test),
-                 "timescale_ps": times["train"]}  # fmt: skip
-    show([*rows, reference], level, "models, against the test replicas")
+    training = {"name": "MD, training", "divergence": rows[0]["training_divergence"], "timescale_ps": times["train"]}
+    show([*rows, training], level, "models, against the test replicas")
     print("timescales of dynamics, ps:", json.dumps(times))
     outcome = verdict(rows, level, times)
-    print(json.dumps(outcome, indent=1))
-    shown, _ = generated(load_propagator(folder / "led_0.safetensors"), "test", 0)
+    print(json.dumps(outcome["LED"], indent=1))
+    shown, _ = generated(load_propagator(folder / f"led_{SEEDS[0]}.safetensors"), source, SEEDS[0], WALKERS)
     title = f"Trp-cage, native basin, 300 K: {amount['train']:.1f} ns of training, {amount['test']:.1f} ns of test data"
-    picture(data(), np.concatenate(shown), level, [*rows, reference], title)
-    mapped = back_mapping(folder, -(-arguments.frames // BLOCK))
+    picture(source, np.concatenate(shown), level, [*rows, training], title)
+    mapped = back_mapping(folder, where, -(-arguments.frames // BLOCK), arguments.processes)
     print(json.dumps(mapped))
-    chosen, settings = config(best, fitting)
-    result = {
+    features, settings = config(choice["decoder"], choice["propagator"], source)
+    for row in rows:
+        row["data"] = row["data"][1:]
+    write("led_trpcage", {
         "what": __doc__, "machine": about, "ns": amount, "interval_ps": INTERVAL, "temperature": TEMPERATURE,
-        "chosen": {"decoder": best, "propagator": fitting, "features": chosen.kind, "config": asdict(settings),
-                   "options": asdict(OPTIONS)},
-        "lag_ps": LAG * INTERVAL, "candidates": candidates, "propagators": propagators, "models": rows,
-        "training_data": reference, "floor": level,
+        "chosen": {"features": features.kind, "config": asdict(settings), "options": asdict(OPTIONS)},
+        "choice": choice, "lag_ps": LAG * INTERVAL, "models": rows, "training_data": training, "floor": level,
         "md_timescale_ps": times, "verdict": outcome, "back_mapping": mapped,
-    }  # fmt: skip
-    write("led_trpcage", result)
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
