@@ -151,13 +151,12 @@ class NativeEvaluator(Evaluator):
         engine: Engine,
         pairs: HalfLists,
         batch: Batch,
-        positions: Tensor,
-        cell: Tensor | None,
+        positions: np.ndarray,
+        cell: np.ndarray | None,
         potential: np.ndarray | None,
     ) -> _Result:
         pairs.give(positions, cell)
-        box = None if cell is None else cell.numpy()
-        charges, _ = engine.forward(positions.numpy(), box, torch.get_num_threads())
+        charges, _ = engine.forward(positions, cell, torch.get_num_threads())
         extra: list[tuple[np.ndarray, np.ndarray]] = []  # energies and forces beside the engine's
         outside = potential
         if potential is not None:
@@ -175,26 +174,28 @@ class NativeEvaluator(Evaluator):
         return _Result(energies, forces, charges.copy())
 
     def _lattice(
-        self, batch: Batch, charges: np.ndarray, positions: Tensor, cell: Tensor | None
+        self, batch: Batch, charges: np.ndarray, positions: np.ndarray, cell: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Energies of the charges with all their images, dE/dq, and forces at constant charges."""
         q = torch.from_numpy(charges.copy()).requires_grad_(True)
-        r = positions.detach().clone().requires_grad_(True)
+        exact = torch.from_numpy(positions)
+        r = exact.clone().requires_grad_(True)
         dtype = self.so3krates.dtype
         with torch.enable_grad():
             # a mesh has an origin: atoms are moved to the same centre as in the torch form
-            centre = batch.sum_by_structure(positions) / batch.counts[:, None]
-            moved = batch.at((r - centre[batch.segment]).to(dtype), None if cell is None else cell.to(dtype))
+            centre = batch.sum_by_structure(exact) / batch.counts[:, None]
+            box = None if cell is None else torch.from_numpy(cell).to(dtype)
+            moved = batch.at((r - centre[batch.segment]).to(dtype), box)
             energy = self.so3krates.lattice_energy(moved, q.to(dtype))
             by_charge, by_position = torch.autograd.grad(energy.sum(), [q, r])
         return energy.detach().double().numpy(), by_charge.numpy(), -by_position.numpy()
 
     def _checked(
         self, positions: Tensor | np.ndarray, cell: Tensor | np.ndarray | None, potential: Tensor | np.ndarray | None
-    ) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Arguments in float64, as the engine takes them; raises `ValueError` as the base class does."""
         batch = self._batch
-        exact = torch.as_tensor(positions, dtype=torch.float64).contiguous()
+        exact = _float64(positions)
         if exact.shape != (batch.n_atoms, 3):
             raise ValueError(f"positions: expected shape {(batch.n_atoms, 3)}, got {tuple(exact.shape)}")
         # the native code looks distances up in tables
@@ -203,11 +204,11 @@ class NativeEvaluator(Evaluator):
         if self._periodic:
             if cell is None:
                 raise ValueError("cell: expected box vectors, because the batch is periodic, got None")
-            box = torch.as_tensor(cell, dtype=torch.float64)
-            box = (box[None] if box.dim() == 2 else box).contiguous()
+            box = _float64(cell)
+            box = box[None] if box.ndim == 2 else box
             if box.shape != (batch.n_structures, 3, 3):
                 raise ValueError(f"cell: expected shape {(batch.n_structures, 3, 3)}, got {tuple(box.shape)}")
-        phi = None if potential is None else np.asarray(potential, dtype=np.float64)
+        phi = None if potential is None else _float64(potential)
         if phi is not None and phi.shape != (batch.n_atoms,):
             raise ValueError(f"potential: expected shape {(batch.n_atoms,)}, got {phi.shape}")
         if phi is not None and not self.so3krates.predicts_charges:
@@ -218,7 +219,7 @@ class NativeEvaluator(Evaluator):
 
     # -- proof and fallback ------------------------------------------------------------------------------------------
 
-    def _agrees(self, engine: Engine, positions: Tensor, cell: Tensor | None) -> bool | None:
+    def _agrees(self, engine: Engine, positions: np.ndarray, cell: np.ndarray | None) -> bool | None:
         """Whether native code and torch form give the same for this frame, or for some atoms of a large one.
 
         None where the torch form has no finite forces, so that nothing can be compared.
@@ -228,10 +229,10 @@ class NativeEvaluator(Evaluator):
         if whole.n_atoms > COMPARED_ATOMS:
             n = min(n, COMPARED_ATOMS)
             charge, multiplicity = int(whole.charge[0]), int(whole.multiplicity[0])
-            lattice = None if cell is None else cell[0].numpy()
-            part = Structure(whole.numbers[:n].numpy(), positions[:n].numpy(), charge, multiplicity, lattice)
+            lattice = None if cell is None else cell[0]
+            part = Structure(whole.numbers[:n].numpy(), positions[:n], charge, multiplicity, lattice)
             batch = _batch_of(model, part)
-            moved, box = positions[:n].contiguous(), None if cell is None else cell[:1].contiguous()
+            moved, box = positions[:n], None if cell is None else cell[:1]
         else:
             batch, moved, box = whole, positions, cell
         with torch.no_grad():
@@ -260,6 +261,12 @@ class NativeEvaluator(Evaluator):
         self.pairs = VerletPairs(self._batch, model.cutoff, model.long_range, model.long_range_cutoff, self._skin)
         if reference is not None:
             self.pairs.restore(reference, cell)
+
+
+def _float64(x: Tensor | np.ndarray) -> np.ndarray:
+    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+    # writable, because torch looks at the same memory
+    return np.require(array, np.float64, ["C", "W"])
 
 
 def _batch_of(model: SO3krates, structure: Structure) -> Batch:

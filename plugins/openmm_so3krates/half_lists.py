@@ -25,11 +25,11 @@ def all_pairs(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(first), np.concatenate(second)
 
 
-def check_finite(positions: Tensor) -> None:
+def check_finite(positions: np.ndarray) -> None:
     """`ValueError` naming the first atom whose position ``(N, 3)`` is not finite."""
-    finite = torch.isfinite(positions)
-    if not bool(finite.all()):
-        atom = int((~finite.all(-1)).nonzero()[0])
+    finite = np.isfinite(positions)
+    if not finite.all():
+        atom = int(np.flatnonzero(~finite.all(-1))[0])
         raise ValueError(f"positions: expected finite numbers, got NaN or infinity for atom {atom}")
 
 
@@ -54,32 +54,35 @@ class HalfLists(VerletPairs):
         self._counts = batch.counts.tolist()
         self._given = False
 
-    def give(self, positions: Tensor, cell: Tensor | None) -> None:
+    def give(self, positions: np.ndarray, cell: np.ndarray | None) -> None:
         """Make the engine's lists valid at positions ``(N, 3)`` and cells ``(n_structures, 3, 3)``.
 
         Raises `ValueError` for positions that are not finite, and for two atoms at the same place.
         """
         if not self._given:
             self._give_all()
-        if self.fixed or not self._stale(positions, cell):
+        if self.fixed:
+            return
+        exact, box = torch.from_numpy(positions), None if cell is None else torch.from_numpy(cell)
+        if not self._stale(exact, box):
             return
         check_finite(positions)
         self._search(positions, cell)
-        self.reference = positions.detach().clone()
-        self.reference_cell = None if cell is None else cell.detach().clone()
+        self.reference, self.reference_cell = exact.clone(), None if box is None else box.clone()
         self.rebuilds += 1
 
     def restore(self, reference: Tensor | None, cell: Tensor | None = None) -> None:
         """Build the lists at the `reference` and `reference_cell` of an earlier run; None forgets the lists."""
         self.reference = None
         if reference is not None:
-            self.give(reference, cell)
+            self.give(_array(reference), None if cell is None else _array(cell))
 
     def again(self) -> None:
         """Give the engine, which was used for something else, the lists that it had."""
         self._give_all()
         if self.reference is not None:
-            self._search(self.reference, self.reference_cell)
+            box = self.reference_cell
+            self._search(_array(self.reference), None if box is None else _array(box))
 
     def _give_all(self) -> None:
         """The lists that never change."""
@@ -92,16 +95,18 @@ class HalfLists(VerletPairs):
                 self._engine.set_pairs(*pairs, None, long_range=True)
         self._given = True
 
-    def _search(self, positions: Tensor, cell: Tensor | None) -> None:
-        if cell is not None and float(positions.abs().max()) > FARTHEST:
+    def _search(self, positions: np.ndarray, cell: np.ndarray | None) -> None:
+        if cell is not None and not np.abs(positions).max(initial=0.0) <= FARTHEST:
             raise ValueError(
                 f"positions: expected atoms within {FARTHEST:g} angstrom of the origin, got one at "
-                f"{float(positions.abs().max()):g}"
+                f"{np.abs(positions).max():g}"
             )
         cutoff, long_range, long_range_cutoff = self._terms
         reach = 0.0 if not long_range or long_range_cutoff is None else long_range_cutoff + self._skin
-        box = None if cell is None else cell.contiguous().numpy()
-        points = positions.contiguous().numpy()
-        distance, (a, b) = self._engine.search(points, box, cutoff + self._skin, reach, torch.get_num_threads())
+        distance, (a, b) = self._engine.search(positions, cell, cutoff + self._skin, reach, torch.get_num_threads())
         if distance < COINCIDENT:
             raise ValueError(f"positions: atoms {a} and {b} are at the same place ({distance:.1e} angstrom)")
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.detach().to("cpu", torch.float64).numpy())

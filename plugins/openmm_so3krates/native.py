@@ -263,6 +263,21 @@ class Weights:
         }
 
 
+#: weights that were packed last for a model, and what they depend on
+_packed: weakref.WeakKeyDictionary[SO3krates, tuple[tuple[Any, ...], Weights]] = weakref.WeakKeyDictionary()
+
+
+def packed(model: SO3krates, lanes: int, electrostatics: bool) -> Weights:
+    """`Weights` of a model, made once as long as it does not change."""
+    tensors = tuple((t.data_ptr(), t._version) for t in model.parameters())
+    key = (lanes, electrostatics, model.dtype, model.long_range_cutoff, tensors)
+    found = _packed.get(model)
+    if found is None or found[0] != key:
+        found = key, Weights(model, lanes, electrostatics)
+        _packed[model] = found
+    return found[1]
+
+
 class Engine:
     """One model in native code, for the atoms of one batch.
 
@@ -275,7 +290,7 @@ class Engine:
     def __init__(self, model: SO3krates, electrostatics: bool = True) -> None:
         c = model.config
         self._code = library(c.num_features, c.num_heads, c.degrees, model.dtype)
-        self._weights = Weights(model, int(self._code.so3krates_lanes()), electrostatics)
+        self._weights = packed(model, int(self._code.so3krates_lanes()), electrostatics)
         assert self._weights.layers.shape == (c.num_layers, self._code.so3krates_layer_arrays())
         spherical = np.array(self._weights.spherical, dtype=np.int64)
         numbers = ctypes.addressof(self._weights.numbers)

@@ -237,6 +237,21 @@ def test_lists_that_are_restored_reach_the_native_code() -> None:
 
 
 @needs_compiler
+def test_runs_with_many_and_with_few_threads_in_turn() -> None:
+    model = random_model(6, **WHOLE | {"long_range_cutoff": 5.5})
+    large, small = cluster(150, 11, 2.6 * TRICLINIC), cluster(60, 12, 1.9 * TRICLINIC)
+    first, second = model_evaluator(model, large), model_evaluator(model, small)
+    torch.set_num_threads(1)
+    expected = second(small.positions, small.cell).forces
+    for _ in range(6):
+        torch.set_num_threads(4)
+        first(large.positions, large.cell)
+        torch.set_num_threads(2)
+        again = second(small.positions, small.cell).forces
+        assert again is not None and expected is not None and torch.equal(again, expected)
+
+
+@needs_compiler
 def test_hirshfeld_ratios_and_memory() -> None:
     model = random_model(7, **WHOLE)
     structure = cluster(10, 12)
@@ -244,7 +259,7 @@ def test_hirshfeld_ratios_and_memory() -> None:
     engine = Engine(model)
     fixed = model.fixed(batch)
     engine.set_atoms(batch.numbers.numpy(), batch.segment.numpy(), batch.charge.numpy(), fixed.x.numpy())
-    HalfLists(engine, batch, model.cutoff, True, None, 0.6).give(batch.positions, None)
+    HalfLists(engine, batch, model.cutoff, True, None, 0.6).give(structure.positions, None)
     assert [len(first) for first, _, _ in engine.lists()] == [45, 45]
     _, ratios = engine.forward(structure.positions, None, 1)
     full = neighbors.derive(neighbors.with_pairs(batch, model.cutoff, False, None))

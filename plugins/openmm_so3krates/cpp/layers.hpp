@@ -313,6 +313,7 @@ inline void Engine::forward() {
         first_projected = true;
     }
     const int last = int(layers.size()) - 1, width = std::max(heads_width(), 2 * EXCHANGE);
+    for (int k = 0; k < threads; ++k) memory(k, 32 * size_t(width));
     for (int t = 0; t <= last; ++t) {
         attention_pairs(t);
         for_each(threads, atom_tasks(), [&](int thread, int task) {

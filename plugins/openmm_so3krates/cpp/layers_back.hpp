@@ -244,6 +244,7 @@ inline void Engine::backward(const real* charge_gradient, const real* ratio_grad
     const size_t width = std::max(std::max(heads_width(), 2 * EXCHANGE), 5 * F);
     x_after.resize(F * size_t(n)), euclid_after.resize(M * size_t(n)), euclid_gradient.resize(M * size_t(n));
     x_gradient.resize(F * size_t(n));
+    for (int k = 0; k < threads; ++k) memory(k, 32 * width);
     for (int t = last; t >= 0; --t) {
         for_each(threads, atom_tasks(), [&](int thread, int task) {
             const int begin = task * atoms_per_task(), end = std::min(n, begin + atoms_per_task());

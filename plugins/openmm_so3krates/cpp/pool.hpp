@@ -65,6 +65,8 @@ private:
     void help(int index) {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (static_cast<uint32_t>(ticket) != 0) {
+            // stored before the ticket: a thread that is left over from a loop with more threads stays out
+            if (index >= allowed_.load(std::memory_order_relaxed)) return;
             if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
             // the loop cannot end before this task is done, so its description is stable
             work_(context_, index, n_ - static_cast<int>(static_cast<uint32_t>(ticket)));

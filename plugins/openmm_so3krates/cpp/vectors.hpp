@@ -33,7 +33,11 @@ static inline vec splat(real x) { return x - vec{}; }
 // lanes of a and b in turn, W at a time, from the lower or the upper halves of blocks of 2W
 template <int W, bool UPPER, size_t... I>
 static inline vec halves(vec a, vec b, std::index_sequence<I...>) {
+#ifdef __clang__
     return __builtin_shufflevector(a, b, (I % (2 * W) < W ? I : I - W + LANES) + (UPPER ? W : 0)...);
+#else
+    return __builtin_shuffle(a, b, ivec{whole((I % (2 * W) < W ? I : I - W + LANES) + (UPPER ? W : 0))...});
+#endif
 }
 
 // Sums over the lanes of LANES vectors, as the lanes of one; overwrites x.
