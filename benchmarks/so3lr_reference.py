@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def compare_unseen(port: str | None) -> dict[str, Any] | None:
     except ImportError as error:
         print(f"so3krates-torch is left out ({error})")
         return None
-    rows = {}
+    rows: dict[str, Any] = {}
     model = model_in(torch.float64)
     for cutoff in (1000.0, 12.0):
         model.long_range_cutoff = cutoff
@@ -217,7 +218,7 @@ def compare_unseen(port: str | None) -> dict[str, Any] | None:
                 "energy_difference": abs(ours[0] - float(energy)),
                 "force_difference": largest(ours[1] - atoms.get_forces()),
             }
-    return rows
+    return {"so3krates_torch": version("so3krates-torch"), "molecules": rows}
 
 
 def compare_openmm_jax() -> dict[str, Any]:
@@ -238,7 +239,7 @@ def show(result: dict[str, Any]) -> None:
                 numbers = (worst.get(q) for q in ("energy", "forces", "charges", "hirshfeld_ratios"))
                 texts = ("" if x is None else f"{x:.1e}" for x in numbers)
                 table.add_row(way, name, str(worst["structures"]), *texts)
-    for name, row in (result["unseen"] or {}).items():
+    for name, row in (result["unseen"] or {"molecules": {}})["molecules"].items():
         differences = (f"{row['energy_difference']:.1e}", f"{row['force_difference']:.1e}")
         table.add_row("so3krates-torch", name, str(row["atoms"]), *differences, "", "")
     for name, row in result["openmm_jax"].items():
