@@ -67,6 +67,8 @@ class HalfLists(VerletPairs):
         if not self._stale(exact, box):
             return
         check_finite(positions)
+        # a search that fails leaves the engine without the lists of the old reference
+        self.reference = None
         self._search(positions, cell)
         self.reference, self.reference_cell = exact.clone(), None if box is None else box.clone()
         self.rebuilds += 1

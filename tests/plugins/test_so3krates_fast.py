@@ -413,6 +413,12 @@ def test_impossible_input() -> None:
     broken[9] = broken[4]
     with pytest.raises(ValueError, match="atoms 4 and 9 are at the same place"):
         evaluator(broken)
+    # a frame that failed leaves nothing behind
+    broken = 3.0 * positions
+    broken[9] = broken[4]
+    with pytest.raises(ValueError, match="at the same place"):
+        evaluator(broken)
+    close(evaluator(positions), model_evaluator(model, structure, False)(positions), atol=1e-9)
     # lists that never change are not searched, so nothing else would notice
     small = cluster(8, 19)
     for bad in (np.nan, np.inf):
