@@ -122,14 +122,35 @@ def trained(task: dict[str, Any], source: Data, path: Path) -> tuple[Propagator,
     return load_propagator(stored), min(row["valid_loss"] for row in history)
 
 
-def generated(model: Propagator, source: Data, seed: int, walkers: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Measures ``(n_frames, 6)`` of decoded frames, and latent coordinates, of trajectories from the beginnings of
-    the test replicas and as long as they are."""
-    random = np.random.default_rng([seed, 11])
+def latent_runs(model: Propagator, source: Data, random: np.random.Generator, walkers: int) -> np.ndarray:
+    """Latent coordinates ``(n_replicas * walkers, n_frames, d)`` from the beginnings of the test replicas, as long as
+    these are."""
     runs = source.runs["test"]
     past = np.stack([model.encode(run[:WARM_UP].astype(np.float64)) for run in runs for _ in range(walkers)])
-    path, _ = model.run(model.start(past), min(map(len, runs)) - WARM_UP, random)
+    return model.run(model.start(past), min(map(len, runs)) - WARM_UP, random)[0]
+
+
+def generated(model: Propagator, source: Data, seed: int, walkers: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Measures ``(n_frames, 6)`` of decoded frames, and latent coordinates, of `latent_runs`."""
+    random = np.random.default_rng([seed, 11])
+    path = latent_runs(model, source, random, walkers)
     return [source.measure(model.decode(z, random)) for z in path], list(path)
+
+
+def small_samples(model: Propagator, source: Data, seed: int) -> dict[str, Any]:
+    """Timescales (ps, quantiles) of sets of latent runs, one from each beginning: what as many runs as there are test
+    replicas tell. An interval from resampled pieces of a few runs does not know how runs differ."""
+    path = latent_runs(model, source, np.random.default_rng([seed, 11]), WALKERS)
+    found = [timescale(list(path[k::WALKERS]), 2)["value"] for k in range(WALKERS)]
+    values = np.array([t for t in found if t is not None])
+    levels = (0.025, 0.25, 0.5, 0.75, 0.975)
+    md = timescale([x[:, 4:] for x in source.measured["test"]], 2)["value"]
+    quantiles = np.quantile(values, levels).tolist()
+    return {
+        "sets": len(values),
+        "quantiles": dict(zip(map(str, levels), quantiles, strict=True)),
+        "share_below_test": None if md is None else float((values < md).mean()),
+    }
 
 
 def evaluate(model: Propagator, source: Data, seed: int, walkers: int) -> dict[str, Any]:
@@ -356,6 +377,11 @@ def main() -> None:
     slow = {s: [x[:, 4:] for x in runs] for s, runs in source.measured.items()}
     times = {s: timescale(x) for s, x in slow.items()} | {"all": timescale([x for runs in slow.values() for x in runs])}
     training = {"name": "MD, training", "divergence": rows[0]["training_divergence"], "timescale_ps": times["train"]}
+    for row in rows:
+        if row["name"] == "LED":
+            model = load_propagator(folder / f"led_{row['seed']}.safetensors")
+            row["timescale_of_small_samples_ps"] = small_samples(model, source, row["seed"])
+            print(row["seed"], row["timescale_of_small_samples_ps"])
     show([*rows, training], level, "models, against the test replicas")
     print("timescales of dynamics, ps:", json.dumps(times))
     outcome = verdict(rows, level, times)
