@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from openmm_mlff.data.structures import SYMBOLS
 from openmm_mlff.potentials import native
 from openmm_so3krates import tables, terms
 from openmm_so3krates.layers import MLP, Attention, Layer, Norm
@@ -300,8 +301,15 @@ class Engine:
         self._release = weakref.finalize(self, self._code.so3krates_delete, self._engine)
 
     def set_atoms(self, numbers: np.ndarray, segment: np.ndarray, charge: np.ndarray, x0: np.ndarray) -> None:
-        """Atomic numbers and structures ``(N,)``, total charges ``(n_structures,)``, initial features ``(N, F)``."""
-        types, segment = self._weights.types[numbers], segment.astype(np.int32)
+        """Atomic numbers and structures ``(N,)``, total charges ``(n_structures,)``, initial features ``(N, F)``.
+
+        Raises `ValueError` for an element that the model was not made for.
+        """
+        known = self._weights.types
+        strange = [int(z) for z in numbers if z >= len(known) or known[z] < 0]
+        if strange:
+            raise ValueError(f"elements: expected atoms that the model was made for, got {SYMBOLS[strange[0]]}")
+        types, segment = known[numbers], segment.astype(np.int32)
         charge = np.ascontiguousarray(charge, dtype=np.float64)
         x0 = np.ascontiguousarray(x0, dtype=np.float32 if self._weights.dtype == torch.float32 else np.float64)
         self._charges, self._ratios = np.empty(len(numbers)), np.empty(len(numbers))

@@ -419,6 +419,10 @@ def test_impossible_input() -> None:
     with pytest.raises(ValueError, match="at the same place"):
         evaluator(broken)
     close(evaluator(positions), model_evaluator(model, structure, False)(positions), atol=1e-9)
+    for number, symbol in ((11, "Na"), (35, "Br")):
+        batch = without_lists(model, [Structure(np.array([1, number]), positions[:2])])
+        with pytest.raises(ValueError, match=f"elements: expected atoms that the model was made for, got {symbol}"):
+            NativeEvaluator(model, batch, OUTPUTS, True)
     # lists that never change are not searched, so nothing else would notice
     small = cluster(8, 19)
     for bad in (np.nan, np.inf):
