@@ -42,6 +42,10 @@ from openmm_mlff.forces.python_force import (
 from openmm_mlff.potentials import family as families
 from openmm_mlff.potentials.family import Family
 from openmm_mlff.potentials.potential import Potential
+from openmm_mlff.units import ANGSTROM_PER_NM
+
+#: nm; the pairs within a longer one fill the memory, and whoever asks for it means angstroms
+LONGEST_PERIODIC_CUTOFF = 5.0
 
 
 class MLFFPotentialImpl(MLPotentialImpl):
@@ -244,6 +248,12 @@ class MLFFPotentialImpl(MLPotentialImpl):
                 f"longRangeCutoff: a periodic system needs one, because {self.name} has 1/r interactions that must go "
                 "to zero smoothly; expected a length such as longRangeCutoff=1.0 (nm), got None. For an isolated "
                 "molecule, remove the box with topology.setPeriodicBoxVectors(None)"
+            )
+        nanometers = (spec.long_range_cutoff or 0.0) / ANGSTROM_PER_NM
+        if cell is not None and model.long_range and nanometers > LONGEST_PERIODIC_CUTOFF:
+            raise ValueError(
+                f"longRangeCutoff: expected at most {LONGEST_PERIODIC_CUTOFF:g} nm in a periodic box, got "
+                f"{nanometers:g} nm; every image within it would be a pair"
             )
 
 

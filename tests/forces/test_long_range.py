@@ -150,6 +150,7 @@ def test_method_of_a_model_in_memory_holds_where_it_can() -> None:
         ({"long_range_method": "pme"}, TypeError, "long_range_method: .*did you mean 'longRangeMethod'"),
         ({"longRangeMethod": "pme", "longRangeCutoff": None}, ValueError, "longRangeCutoff: a periodic system needs"),
         ({"longRangeCutoff": None}, ValueError, "longRangeCutoff: a periodic system needs"),
+        ({"longRangeCutoff": 12}, ValueError, "longRangeCutoff: expected at most 5 nm in a periodic box, got 12 nm"),
     ],
 )
 def test_wrong_options(potential: MLPotential, options: dict[str, Any], error: type[Exception], message: str) -> None:
