@@ -195,6 +195,43 @@ def pressures(names: list[str], work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def force_changes(name: str, work: Path) -> list[dict[str, Any]]:
+    """What a cutoff of the shifted form changes of the forces, root mean squares in eV/angstrom.
+
+    Of open molecules against no cutoff, and of the frames of an NVE run against the sum over all images.
+    """
+    model = load_potential(SHARED / "models" / "so3lr_params.npz", "so3krates").double()
+    data = np.load(SHARED / "data/so3lr/visible.npz", allow_pickle=False)
+    stretched = 1.02 * np.array([[0.0, 0.0, 0.0], [0.757, 0.586, 0.0], [-0.757, 0.586, 0.0]])
+    molecules = {"water, stretched by 2 %": Structure(np.array([8, 1, 1]), stretched)}
+    for molecule in ("benzene", "alanine_dipeptide"):
+        molecules[molecule] = Structure(data[f"{molecule}/numbers"], data[f"{molecule}/positions"])
+    rows = []
+    for label, structure in molecules.items():
+        forces = []
+        for cutoff in (None, 12.0, 6.0):
+            model.long_range_cutoff = cutoff
+            forces.append(model.energy_and_forces(structure)[1])
+        rows.append(_changed(label, forces))
+    run = mdtraj.load(str(work / name / "trajectory.dcd"), top=str(work / name / "start.pdb"))
+    numbers = np.array([atom.element.atomic_number for atom in run.topology.atoms])
+    cell, frames = 10.0 * run.unitcell_vectors[0].astype(float), 10.0 * run.xyz[:: len(run) // FRAMES].astype(float)
+    forces = []
+    for method, cutoff in ((SUM, 12.0), ("shifted", 12.0), ("shifted", 6.0)):
+        model.long_range_method, model.long_range_cutoff = method, cutoff
+        evaluator = model.evaluator(Structure(numbers, frames[0], cell=cell), compile=True)
+        forces.append(np.array([evaluator.arrays(frame, cell)[1] for frame in frames]))
+    return [*rows, _changed("64 waters, against the sum over images", forces)]
+
+
+def _changed(label: str, forces: list[np.ndarray]) -> dict[str, Any]:
+    """Of the first and of the others minus the first."""
+    values = [float(np.sqrt(np.mean(np.square(f)))) for f in (forces[0], *(f - forces[0] for f in forces[1:]))]
+    row = dict(zip(("all", "changed_by_12_angstrom", "changed_by_6_angstrom"), values, strict=True))
+    print(label, row, flush=True)
+    return {"system": label, **row}
+
+
 def report(names: list[str], work: Path) -> None:
     """The table, the JSON file and the picture."""
     rows = {name: measure(name, work) for name in names}
@@ -210,6 +247,7 @@ def report(names: list[str], work: Path) -> None:
     settings = {"timestep_fs": TIMESTEP, "precision": "single", "atoms": 192, "temperature_K": 300, "pressure_bar": 1}
     constant_energy = [name for name in names if RUNS[name].ensemble == "nve"]
     extra = {"pressure_minus_that_of_ewald": pressures(constant_energy, work), "frames_of_each_run": FRAMES}
+    extra["forces_of_the_shifted_form"] = force_changes(constant_energy[0], work)
     write("so3lr_water", {"machine": machine(), "settings": settings, "runs": rows} | extra)
     picture(names, work)
 
