@@ -101,12 +101,12 @@ def main() -> None:
         slopes, scatter = np.array(values).T
         error = float(slopes.std(ddof=1) / np.sqrt(len(slopes))) if len(slopes) > 1 else None
         result["drift"][kind] = {
-            "meV_per_atom_per_ps": round(float(slopes.mean()), 5),
-            "standard_error": None if error is None else round(error, 5),
-            "runs": [round(float(s), 5) for s in slopes],
+            "meV_per_atom_per_ps": round(float(slopes.mean()), 7),
+            "standard_error": None if error is None else round(error, 7),
+            "runs": [round(float(s), 7) for s in slopes],
             "scatter_meV_per_atom": round(float(scatter.mean()), 4),
         }
-        table.add_row(kind, str(len(slopes)), f"{slopes.mean():+.4f} ± {error or 0:.4f}", f"{scatter.mean():.3f}")
+        table.add_row(kind, str(len(slopes)), f"{slopes.mean():+.1e} ± {error or 0:.1e}", f"{scatter.mean():.3f}")
     Console().print(table)
     write("embedding_nve", result)
 
