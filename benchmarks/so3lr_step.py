@@ -21,23 +21,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openmm
 import torch
-from _common import SHARED, machine, summary, write
+from _common import HERE, SHARED, machine, summary, write
 from openmm import app, unit
 from openmmml import MLPotential
 from rich.console import Console
 from rich.table import Table
+from vesin import NeighborList
 
-from openmm_mlff.data.structures import Structure
+from openmm_mlff.data.structures import Structure, collate
+from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.potentials.neighbors import DEFAULT_SKIN
+from openmm_so3krates import SO3krates
+from openmm_so3krates.native import Engine
 
 THREADS = 2
 #: angstrom; what the authors recommend for molecules in open space
@@ -141,7 +146,7 @@ def ours(case: Case) -> Run:
 
 
 def theirs(case: Case) -> Run:
-    from so3krates_torch.calculator.so3 import SO3LRCalculator
+    from so3krates_torch.calculator.so3 import SO3LRCalculator  # type: ignore[import-not-found]
 
     calculator = SO3LRCalculator(r_max_lr=case.cutoff, default_dtype="float32", device="cpu")
     return Run(case, MLPotential("ase"), calculator=calculator)
@@ -180,11 +185,18 @@ def compare(case: Case, rounds: int) -> dict[str, Any]:
     return result
 
 
+def memory() -> int:
+    """Largest memory that this process has held so far, MiB."""
+    # what getrusage says holds the parent's memory, too
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+
+
 def alone(name: str, rounds: int) -> dict[str, Any]:
     """One system in this process: times and peak memory."""
     case = cases()[name]
     MLPotential("so3lr", modelPath=str(PARAMETERS))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = memory()
     run = ours(case)
     begin = time.perf_counter()
     run.forces()
@@ -199,9 +211,51 @@ def alone(name: str, rounds: int) -> dict[str, Any]:
         "first_evaluation_s": round(first, 2),
         "wall": summary([w for w, _ in times]),
         "processor": summary([c for _, c in times]),
-        "peak_memory_MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "memory_before_MiB": round(before),
+        "peak_memory_MiB": memory(),
+        "memory_before_MiB": before,
     }
+
+
+def searches(rounds: int) -> dict[str, Any]:
+    """Milliseconds of the processor that half lists within both cutoffs and the skin take, on one thread.
+
+    By the native code, by vesin, and by mlipops where it is installed (pairs of nearest images only).
+    """
+    try:
+        from mlipops import NeighborList as NearestImages
+    except ImportError:
+        NearestImages = None
+    found = {}
+    for n in (192, 1536, 10368):
+        structure = cases()[f"water box {n}"].structure
+        model = load_potential(PARAMETERS, "so3krates")
+        assert isinstance(model, SO3krates) and structure.cell is not None
+        engine = Engine(model)
+        batch = collate([structure]).to(dtype=model.dtype)
+        charge, features = batch.charge.numpy(), model.fixed(batch).x.detach().numpy()
+        engine.set_atoms(structure.numbers, batch.segment.numpy(), charge, features)
+        positions, cell = structure.positions, structure.cell[None].copy()
+        short, long = 4.5 + DEFAULT_SKIN, 12.0 + DEFAULT_SKIN
+        vesin = NeighborList(cutoff=long, full_list=False, n_threads=1)
+        names = ("native", "vesin") if NearestImages is None else ("native", "vesin", "mlipops")
+        times: dict[str, list[float]] = {name: [] for name in names}
+        torch.set_num_threads(1)
+        for _ in range(rounds):
+            start = time.process_time()
+            engine.search(positions, cell, short, long, 1)
+            middle = time.process_time()
+            pairs = len(vesin.compute(positions, structure.cell, True, "ijSd")[0])
+            end = time.process_time()
+            times["native"].append(middle - start)
+            times["vesin"].append(end - middle)
+            if NearestImages is not None:
+                # without its cache, and in the precision of the model
+                box = torch.from_numpy(structure.cell).float()
+                NearestImages(cutoff=long)(torch.from_numpy(positions).float(), box)
+                times["mlipops"].append(time.process_time() - end)
+        assert len(engine.lists()[1][0]) == pairs
+        found[str(n)] = {"pairs": pairs, **{name: summary(values) for name, values in times.items()}}
+    return found
 
 
 def in_own_process(name: str, rounds: int) -> dict[str, Any]:
@@ -223,6 +277,46 @@ def growth(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def show_comparison(rounds: int) -> dict[str, Any]:
+    title = f"{THREADS} threads"
+    table = Table("system", "atoms", "port [ms]", "native [ms]", "ratio", "ratio, processor", "JAX [ms]", title=title)
+    found = {}
+    for name in COMPARED:
+        row = found[name] = compare(cases()[name], rounds)
+        times = [f"{row[k]['wall']['median_ms']:.2f}" for k in ("port", "native")]
+        ratios = [f"{row[k]['median']:.1f}" for k in ("ratio", "ratio_processor")]
+        table.add_row(name, str(row["atoms"]), *times, *ratios, JAX.get(name, ""))
+    Console().print(table)
+    return found
+
+
+def show_sizes(rounds: int, largest: int) -> dict[str, Any]:
+    table = Table("system", "atoms", "ms/step", "processor ms/step", "ns/day", "peak memory [MiB]", "before [MiB]")
+    found = {}
+    for name, case in cases().items():
+        if len(case.structure) > largest:
+            continue
+        row = found[name] = in_own_process(name, rounds)
+        row["ns_per_day"] = round(0.5e-6 * 86400e3 / row["wall"]["median_ms"], 3)
+        figures = [f"{row[k]['median_ms']:.2f}" for k in ("wall", "processor")]
+        held = [str(row[k]) for k in ("peak_memory_MiB", "memory_before_MiB")]
+        table.add_row(name, str(row["atoms"]), *figures, f"{row['ns_per_day']:.3f}", *held)
+    Console().print(table)
+    Console().print(f"growth of the time per step with the atoms, exponent: {growth(found)}")
+    return found
+
+
+def show_searches(rounds: int) -> dict[str, Any]:
+    found = searches(rounds)
+    libraries = [k for k in next(iter(found.values())) if k != "pairs"]
+    columns = [f"{k} [ms]" for k in libraries]
+    table = Table("atoms", "pairs", *columns, title="half lists, one thread, processor time")
+    for n, row in found.items():
+        table.add_row(n, str(row["pairs"]), *(f"{row[k]['median_ms']:.1f}" for k in libraries))
+    Console().print(table)
+    return found
+
+
 def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         # read when torch is loaded
@@ -230,47 +324,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--largest", type=int, default=10368, help="atoms of the largest system")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("compare", "sizes", "lists"), default=("compare", "sizes", "lists")
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
-    parser.add_argument("--without-port", action="store_true", help="leave the comparison out")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
+    if not PARAMETERS.exists():
+        raise SystemExit(f"no {PARAMETERS.name} in the folder of shared data; OPENMM_MLFF_SHARED names that folder")
     if arguments.alone:
         print(json.dumps(alone(arguments.alone, arguments.rounds)))
         return
-    if not PARAMETERS.exists():
-        raise SystemExit(f"no {PARAMETERS.name} in the folder of shared data; OPENMM_MLFF_SHARED names that folder")
-    result: dict[str, Any] = {
-        "what": __doc__,
-        "machine": machine(),
-        "jax_ms_per_step": JAX,
-        "compared": {},
-        "sizes": {},
-    }
-    console = Console()
-    if not arguments.without_port:
-        table = Table(
-            "system", "atoms", "port [ms]", "native [ms]", "ratio", "ratio, processor", "JAX [ms]", title="2 threads"
-        )
-        for name in COMPARED:
-            row = result["compared"][name] = compare(cases()[name], arguments.rounds)
-            times = [f"{row[k]['wall']['median_ms']:.2f}" for k in ("port", "native")]
-            ratios = [f"{row[k]['median']:.1f}" for k in ("ratio", "ratio_processor")]
-            table.add_row(name, str(row["atoms"]), *times, *ratios, JAX.get(name, ""))
-        console.print(table)
-    table = Table("system", "atoms", "ms/step", "processor ms/step", "ns/day", "peak memory [MiB]", "before [MiB]")
-    for name, case in cases().items():
-        if len(case.structure) > arguments.largest:
-            continue
-        row = result["sizes"][name] = in_own_process(name, arguments.rounds)
-        row["ns_per_day"] = round(0.5e-6 * 86400e3 / row["wall"]["median_ms"], 3)
-        figures = [f"{row[k]['median_ms']:.2f}" for k in ("wall", "processor")]
-        memory = [str(row[k]) for k in ("peak_memory_MiB", "memory_before_MiB")]
-        table.add_row(name, str(row["atoms"]), *figures, f"{row['ns_per_day']:.3f}", *memory)
-    result["exponent"] = growth(result["sizes"])
-    result["machine"]["load_after"] = os.getloadavg()[0]
-    console.print(table)
-    console.print(f"growth of the time per step with the atoms, exponent: {result['exponent']}")
-    write("so3lr_step", result)
+    kept = HERE / "so3lr_step.json"
+    result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    about = machine()
+    if "compare" in arguments.parts:
+        result["compared"] = show_comparison(arguments.rounds)
+    if "sizes" in arguments.parts:
+        result["sizes"] = show_sizes(arguments.rounds, arguments.largest)
+        result["exponent"] = growth(result["sizes"])
+    if "lists" in arguments.parts:
+        result["lists"] = show_searches(arguments.rounds)
+    machines = result.get("machine", {}) | {part: about for part in arguments.parts}
+    write("so3lr_step", {"what": __doc__, "jax_ms_per_step": JAX, **result, "machine": machines})
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def test_runs_with_many_and_with_few_threads_in_turn() -> None:
     first, second = model_evaluator(model, large), model_evaluator(model, small)
     torch.set_num_threads(1)
     expected = second(small.positions, small.cell).forces
-    for _ in range(6):
+    for _ in range(2):
         torch.set_num_threads(4)
         first(large.positions, large.cell)
         torch.set_num_threads(2)

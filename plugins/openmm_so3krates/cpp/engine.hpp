@@ -127,9 +127,9 @@ struct Engine {
     void start();
     void project(const Layer& layer, const real* x, int m, real* out) const;
     void attention_pairs(int t);
-    void attention_atoms(int t, int thread, int begin, int end);
-    void refine(int t, int thread, int begin, int end, real* x, real* work);
-    void heads(int thread, int begin, int end, const real* x, real* work);
+    void attention_atoms(int t, int begin, int end);
+    void refine(int t, int begin, int end, real* x, real* work);
+    void heads(int begin, int end, const real* x, real* work);
     void forward();
     void heads_back(int begin, int end, const real* charge_gradient, const real* ratio_gradient, real* gx, real* work);
     void refine_back(int t, int begin, int end, real* gx, real* work);

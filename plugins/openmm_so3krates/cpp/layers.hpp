@@ -147,7 +147,7 @@ inline void Engine::attention_pairs(int t) {
 }
 
 // Features and Euclidean variables of some atoms after the sums over their neighbours; `x` (m, F) is updated in place.
-inline void Engine::attention_atoms(int t, int, int begin, int end) {
+inline void Engine::attention_atoms(int t, int begin, int end) {
     LayerState& s = state[t];
     for (int i = begin; i < end; ++i) {
         real* out = &x[F * size_t(i)];
@@ -216,14 +216,15 @@ static inline void residual(const real* const* w, int m, real* x, real* slope_in
 }
 
 // What follows the attention on atoms begin..end-1; x (m, F) becomes the layer's output.
-inline void Engine::refine(int t, int, int begin, int end, real* x, real* work) {
+inline void Engine::refine(int t, int begin, int end, real* x, real* work) {
     const Layer& layer = layers[t];
     LayerState& s = state[t];
     const int m = end - begin;
     const size_t row = F * size_t(begin);
     if (layer.w[NORM1])
         for (int i = 0; i < m; ++i)
-            normalise(x + i * F, layer.w[NORM1], layer.w[NORM1_BIAS], c.rms, &s.normed1[row + i * F], &s.rate1[begin + i]);
+            normalise(x + i * F, layer.w[NORM1], layer.w[NORM1_BIAS], c.rms, &s.normed1[row + i * F],
+                      &s.rate1[begin + i]);
     if (layer.w[MLP1_A]) residual(layer.w + MLP1_A, m, x, &s.slope1a[row], &s.slope1[row], work);
     real *in = work, *out = work + 32 * EXCHANGE;
     for (int i = 0; i < m; ++i) {
@@ -245,12 +246,13 @@ inline void Engine::refine(int t, int, int begin, int end, real* x, real* work) 
     }
     if (layer.w[NORM2])
         for (int i = 0; i < m; ++i)
-            normalise(x + i * F, layer.w[NORM2], layer.w[NORM2_BIAS], c.rms, &s.normed2[row + i * F], &s.rate2[begin + i]);
+            normalise(x + i * F, layer.w[NORM2], layer.w[NORM2_BIAS], c.rms, &s.normed2[row + i * F],
+                      &s.rate2[begin + i]);
     if (layer.w[MLP2_A]) residual(layer.w + MLP2_A, m, x, &s.slope2a[row], &s.slope2[row], work);
 }
 
 // Energies, charges before they are made to sum to the total, and Hirshfeld ratios.
-inline void Engine::heads(int, int begin, int end, const real* x, real* work) {
+inline void Engine::heads(int begin, int end, const real* x, real* work) {
     const int m = end - begin, width = heads_width();
     real* slope = &heads_slope[size_t(width) * begin];
     product<Start::bias>(m, F, width, x, F, c.head, width, work, width, c.head_bias);
@@ -300,7 +302,8 @@ inline void Engine::start() {
 inline void Engine::forward() {
     const size_t rows = F * size_t(n);
     for (auto& s : state) {
-        for (auto* buffer : {&s.normed1, &s.slope1a, &s.slope1, &s.normed2, &s.slope2a, &s.slope2}) buffer->resize(rows);
+        for (auto* buffer : {&s.normed1, &s.slope1a, &s.slope1, &s.normed2, &s.slope2a, &s.slope2})
+            buffer->resize(rows);
         s.projected.resize(5 * rows), s.rate1.resize(n), s.rate2.resize(n), s.gate.resize(D * size_t(n));
         s.euclid_in.resize(M * size_t(n)), s.euclid.resize(M * size_t(n));
     }
@@ -319,12 +322,12 @@ inline void Engine::forward() {
         for_each(threads, atom_tasks(), [&](int thread, int task) {
             const int begin = task * atoms_per_task(), end = std::min(n, begin + atoms_per_task());
             real *work = memory(thread, 32 * size_t(width)), *mine = &x[F * size_t(begin)];
-            attention_atoms(t, thread, begin, end);
-            refine(t, thread, begin, end, mine, work);
+            attention_atoms(t, begin, end);
+            refine(t, begin, end, mine, work);
             if (t < last)
                 project(layers[t + 1], mine, end - begin, &state[t + 1].projected[5 * F * size_t(begin)]);
             else
-                heads(thread, begin, end, mine, work);
+                heads(begin, end, mine, work);
         });
     }
 }

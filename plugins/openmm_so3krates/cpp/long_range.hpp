@@ -113,7 +113,8 @@ inline void Engine::long_range(const double* positions, const double* cell) {
                 const vec b10 = 1 / (y2 * y2 * y2 * y2 * y2 + 1);
                 const vec shape = b6 + ratio * (b8 + real(1.225) * ratio * b10);
                 // y d(shape)/dy; 1 - b is y^n b without overflow
-                const vec by_y = -(6 * b6 * (1 - b6) + ratio * (8 * b8 * (1 - b8) + real(12.25) * ratio * b10 * (1 - b10)));
+                const vec by_y =
+                    -(6 * b6 * (1 - b6) + ratio * (8 * b8 * (1 - b8) + real(12.25) * ratio * b10 * (1 - b10)));
                 // s d(shape)/ds at constant y
                 const vec by_s = ratio * (b8 + real(2.45) * ratio * b10) * 2 * (radius * width_slope / width - 1);
                 const vec scale = real(-c.hartree) * k6 / (d2 * d2 * d2) * p.off * inside, e = scale * ai * aj;

@@ -76,7 +76,8 @@ static inline void fill_cells(Cells& cells, const double* positions, int begin, 
             cells.wrapped[3 * size_t(to) + d] = off[3 * size_t(i) + d];
         }
         const double* r = &moved[3 * size_t(i)];
-        cells.x[to] = real(r[0] - origin[0]), cells.y[to] = real(r[1] - origin[1]), cells.z[to] = real(r[2] - origin[2]);
+        cells.x[to] = real(r[0] - origin[0]), cells.y[to] = real(r[1] - origin[1]);
+        cells.z[to] = real(r[2] - origin[2]);
     }
 }
 
@@ -88,7 +89,8 @@ static inline void pairs_of(const Cells& cells, int from, int begin, int end, co
     double step[3] = {};
     for (int k = 0; k < 3; ++k)
         for (int d = 0; d < 3; ++d) step[d] += image[k] * lattice[3 * k + d];
-    const real px = real(cells.x[from] - step[0]), py = real(cells.y[from] - step[1]), pz = real(cells.z[from] - step[2]);
+    const real px = real(cells.x[from] - step[0]), py = real(cells.y[from] - step[1]);
+    const real pz = real(cells.z[from] - step[2]);
     const double most = std::max(short_square, long_square);
     const real limit = real(most * 1.001 + 1e-3);  // candidates in the working precision, then exactly
     for (int j = begin; j < end; ++j) {
@@ -103,8 +105,10 @@ static inline void pairs_of(const Cells& cells, int from, int begin, int end, co
         const int a = cells.atom[from], b = cells.atom[j];
         if (square < out.closest) out.closest = square, out.pair[0] = a, out.pair[1] = b;
         int16_t shift[3];
-        for (int k = 0; k < 3; ++k)
-            shift[k] = static_cast<int16_t>(image[k] - cells.wrapped[3 * size_t(j) + k] + cells.wrapped[3 * size_t(from) + k]);
+        for (int k = 0; k < 3; ++k) {
+            const int taken = cells.wrapped[3 * size_t(j) + k] - cells.wrapped[3 * size_t(from) + k];
+            shift[k] = static_cast<int16_t>(image[k] - taken);
+        }
         if (square < short_square) {
             out.first.push_back(a), out.second.push_back(b);
             if (periodic) out.shift.insert(out.shift.end(), shift, shift + 3);
@@ -171,7 +175,8 @@ inline double Engine::search(const double* positions, const double* cell, double
         const int n_cells = static_cast<int>(cells.start.size()) - 1;
         std::vector<Found> found(n_cells);
         for_each(n_threads, n_cells, [&](int, int k) {
-            pairs_of_cell(cells, k, lattice, cell != nullptr, short_reach * short_reach, long_reach * long_reach, found[k]);
+            pairs_of_cell(cells, k, lattice, cell != nullptr, short_reach * short_reach, long_reach * long_reach,
+                          found[k]);
         });
         for (const Found& f : found) {
             append(first, f.first), append(second, f.second), append(shift, f.shift);

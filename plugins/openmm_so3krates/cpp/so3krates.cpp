@@ -1,8 +1,8 @@
 // Energy, charges and forces of SO3krates for molecular dynamics: the functions that Python calls.
 //
-// Compiled for one model size: REAL (float or double), FEATURES, HEADS, DEGREES (a list). Lists of pairs are half lists:
-// every pair once, because filters, distances and harmonics of i -> j and j -> i are the same but for a sign. Nothing
-// depends on the number of threads: every sum has one order.
+// Compiled for one model size: REAL (float or double), FEATURES, HEADS, DEGREES (a list). Lists of pairs are half
+// lists, because filters, distances and harmonics of i -> j and j -> i are the same but for a sign. Nothing depends on
+// the number of threads: every sum has one order.
 #include <algorithm>
 #include <cstdio>
 
@@ -134,9 +134,10 @@ int64_t so3krates_backward(Engine* engine, const double* outside, double* energi
 int64_t so3krates_bytes(const Engine* engine) {
     const Engine& e = *engine;
     size_t sum = e.long_sums.bytes() + e.vector.bytes() + e.basis.bytes() + e.harmonics.bytes() * 2 +
-                 e.coefficient_gradient.bytes() + e.pair_force.bytes() + (e.long_first.size() * 7 + e.first.size() * 7) * 2;
+                 e.coefficient_gradient.bytes() + e.pair_force.bytes() + 14 * (e.long_first.size() + e.first.size());
     for (const auto& s : e.state)
-        sum += s.projected.bytes() + 6 * s.normed1.bytes() + s.alpha.bytes() + s.filter.bytes() + s.slope_filter.bytes();
+        sum += s.projected.bytes() + 6 * s.normed1.bytes() + s.alpha.bytes() + s.filter.bytes() +
+               s.slope_filter.bytes();
     return int64_t(sum);
 }
 }
