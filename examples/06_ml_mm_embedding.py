@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--model", help="so3lr_params.npz with its JSON file beside it, or a model file")
     parser.add_argument("--picoseconds", type=float, default=10.0, help="of each run")
     parser.add_argument("--side", type=float, default=2.6, help="of the box of water in nm")
-    parser.add_argument("--output", type=Path, default=Path("embedding"))
+    parser.add_argument("--output", type=Path, default=Path("ml_mm_embedding"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
