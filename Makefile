@@ -16,7 +16,8 @@ LED := benchmarks/led_mueller_brown_md.py benchmarks/led_mueller_brown.py benchm
 	benchmarks/led_reference.py benchmarks/led_ala2.py benchmarks/led_alternation.py \
 	benchmarks/led_trpcage.py benchmarks/led_speedup.py
 
-SO3KRATES := benchmarks/so3krates_ethanol.py benchmarks/so3lr_minima.py benchmarks/so3lr_stability.py
+SO3KRATES := benchmarks/so3krates_ethanol.py benchmarks/so3lr_minima.py benchmarks/so3lr_stability.py \
+	benchmarks/so3lr_water.py benchmarks/embedding_clusters.py benchmarks/embedding_nve.py
 
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1
@@ -31,7 +32,7 @@ help:
 	@echo "make reproduce  label the data of the bundled model, train it and evaluate it (hours)"
 	@echo "make reproduce-cg-gdml       six-bead alanine from all-atom data to its landscape (2 hours on 4 cores)"
 	@echo "make reproduce-led           learned latent dynamics of Mueller-Brown, alanine and Trp-cage, from data to figures (hours)"
-	@echo "make reproduce-so3krates     SO3krates of ethanol against sGDML; minima and stable runs with SO3LR (hours)"
+	@echo "make reproduce-so3krates     SO3krates of ethanol against sGDML; minima, long runs and embeddings with SO3LR (hours)"
 	@echo "make cg-gdml-learning-curve  its error against the number of frames, beside neural networks (hours)"
 
 $(VENV)/.created:
