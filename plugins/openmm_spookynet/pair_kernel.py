@@ -9,60 +9,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openmm_mlff.data.model_file import cache_dir
+from openmm_mlff.potentials import native
 
 SOURCE = Path(__file__).with_name("pair_kernel.cpp")
-# -fno-math-errno and the like change no result; sums may be reordered, as in any other product of matrices
-FLAGS = (
-    *("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
-    *("-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC"),
-)
-
-
-def compiler() -> str | None:
-    """The C++ compiler, or None."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+#: sums may be reordered, as in any other product of matrices
+FLAGS = (*native.FLAGS, "-fassociative-math", "-fno-signed-zeros")
 
 
 @functools.cache
 def library(features: int, radial: int, angular_d: int, dtype: torch.dtype) -> ctypes.CDLL:
     """The kernel for one model size and precision; raises `RuntimeError` if it cannot be compiled."""
     real = {torch.float32: "float", torch.float64: "double"}[dtype]
-    found = compiler()
-    if found is None:
-        raise RuntimeError("compile: no C++ compiler found (g++ or clang++)")
     sizes = (f"-DFEATURES={features}", f"-DRADIAL={radial}", f"-DANGULAR_D={angular_d}", f"-DREAL={real}")
-    # -march=native: what the compiler makes of it belongs to the key
-    native = subprocess.run([found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
-    about = SOURCE.read_bytes() + native + " ".join([found, *FLAGS, *sizes]).encode()
-    folder = cache_dir().parent / "compiled"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(about).hexdigest()}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-            target = os.path.join(temporary, "kernel.so")
-            run = subprocess.run(
-                [found, *FLAGS, *sizes, str(SOURCE), "-o", target],
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-            if run.returncode:
-                raise RuntimeError(f"compile: {found} failed: {run.stderr.strip()}")
-            os.replace(target, path)
-    return ctypes.CDLL(str(path))
+    return native.library(SOURCE, (*FLAGS, *sizes))
 
 
 def _call(name: str, rbf: Tensor, y2: Tensor, spd: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmm_spookynet import pair_kernel
+from openmm_mlff.potentials import native
 from openmm_spookynet.pair_kernel import PairSumsKernel
 
 #: from this many neighbours on the hand-written kernel beats what the compiler makes of the sums
@@ -43,7 +43,7 @@ def fused_pair_sums(
 
     Args: as in `PairSums`, and f ``(n_atoms, slots)``, zero where a pair does not count.
     """
-    if index.shape[1] >= KERNEL_MIN_SLOTS and torch.get_num_threads() == 1 and pair_kernel.compiler() is not None:
+    if index.shape[1] >= KERNEL_MIN_SLOTS and torch.get_num_threads() == 1 and native.compiler() is not None:
         return PairSumsKernel.apply(rbf, f.to(rbf.dtype), p, d, spd, weight, index)
     return PairSums.apply(rbf, p, d, spd, weight, index)
 

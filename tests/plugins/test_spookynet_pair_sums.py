@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials import native
 from openmm_spookynet import SpookyNet, SpookyNetConfig, pair_kernel
 from openmm_spookynet.pair_kernel import PairSumsKernel
 from openmm_spookynet.pair_sums import PairSums
 
-needs_compiler = pytest.mark.skipif(pair_kernel.compiler() is None, reason="no C++ compiler (g++ or clang++)")
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler (g++ or clang++)")
 
 
 def plain(
