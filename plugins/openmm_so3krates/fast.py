@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: what native code and torch form may differ by in the forces of the first frame, eV/angstrom
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-8}
+#: fewer atoms than this do not keep a thread busy
+ATOMS_PER_THREAD = 48
 #: a larger system is compared on this many of its atoms, because the torch form takes much memory
 COMPARED_ATOMS = 300
 
@@ -156,7 +158,8 @@ class NativeEvaluator(Evaluator):
         potential: np.ndarray | None,
     ) -> _Result:
         pairs.give(positions, cell)
-        charges, _ = engine.forward(positions, cell, torch.get_num_threads())
+        threads = max(1, min(torch.get_num_threads(), batch.n_atoms // ATOMS_PER_THREAD))
+        charges, _ = engine.forward(positions, cell, threads)
         extra: list[tuple[np.ndarray, np.ndarray]] = []  # energies and forces beside the engine's
         outside = potential
         if potential is not None:
