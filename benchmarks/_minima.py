@@ -23,8 +23,8 @@ TIMESTEP = 1.0
 #: minima of the energy along the path before a walker minimises
 PASSES = 3
 LONGEST_ESCAPE, LONGEST_MINIMIZATION = 400, 1500
-#: share of cis peptide bonds in random conformations
-CIS = 0.5
+#: angstrom, in a random conformation that is drawn again; share of cis peptide bonds
+OVERLAP, CIS = 1.1, 0.5
 #: kelvin, of a walker's first escape
 WARM = 1200.0
 #: factors of the kinetic energy after a known and a new minimum; of the threshold of acceptance
@@ -115,19 +115,25 @@ class Molecule:
 
 
 def random_starts(molecule: Molecule, n: int, random: np.random.Generator) -> np.ndarray:
-    """Random phi, psi and peptide bonds, a share `CIS` of them cis; ``(n, n_atoms, 3)`` without overlapping atoms."""
+    """Random phi, psi and peptide bonds, a share `CIS` of them cis; ``(n, n_atoms, 3)`` without overlapping atoms.
+
+    The peptide bonds are drawn first and kept until phi and psi fit, so that every isomer has its share.
+    """
     starts = []
-    while len(starts) < n:
-        x = molecule.structure.positions.copy()
-        for name, atoms in zip(molecule.names, molecule.torsions, strict=True):
-            if name in ("phi", "psi"):
-                x = turn(x, molecule.near, atoms[1], atoms[2], random.uniform(0.0, 2.0 * np.pi))
-            elif name == "omega" and random.random() < CIS:
-                x = turn(x, molecule.near, atoms[1], atoms[2], np.pi)
-        apart = np.linalg.norm(x[:, None] - x[None], axis=-1) + 10.0 * np.eye(len(x))
-        apart[tuple(molecule.bonds.T)] = apart[tuple(molecule.bonds[:, ::-1].T)] = 10.0
-        if apart.min() > 1.5:
-            starts.append(x)
+    for _ in range(n):
+        cis = random.random(len(molecule.names)) < CIS
+        while True:
+            x = molecule.structure.positions.copy()
+            for name, atoms, turned in zip(molecule.names, molecule.torsions, cis, strict=True):
+                if name in ("phi", "psi"):
+                    x = turn(x, molecule.near, atoms[1], atoms[2], random.uniform(0.0, 2.0 * np.pi))
+                elif name == "omega" and turned:
+                    x = turn(x, molecule.near, atoms[1], atoms[2], np.pi)
+            apart = np.linalg.norm(x[:, None] - x[None], axis=-1) + 10.0 * np.eye(len(x))
+            apart[tuple(molecule.bonds.T)] = apart[tuple(molecule.bonds[:, ::-1].T)] = 10.0
+            if apart.min() > OVERLAP:
+                break
+        starts.append(x)
     return np.array(starts)
 
 
