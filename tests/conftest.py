@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,12 @@ _cache: list[str] = []
 
 
 def pytest_configure() -> None:
-    """Give the whole run (with its worker processes, which inherit it) a model cache of its own."""
+    """Give the whole run (with its worker processes, which inherit it) a model cache of its own, and Ctrl-C a meaning.
+
+    A script's background jobs start with SIGINT ignored, and so would every program that a test interrupts.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "OPENMM_MLFF_CACHE" not in os.environ:
         _cache.append(tempfile.mkdtemp(prefix="openmm-mlff-tests-"))
         os.environ["OPENMM_MLFF_CACHE"] = _cache[0]

@@ -61,7 +61,7 @@ def test_the_wheel_holds_code_weights_and_metadata(wheel: Path, repository: Path
     sources = {}
     for root in (repository, repository / "plugins"):
         for top in root.glob("openmm_*"):
-            for pattern in ("*.py", "*.cpp", "py.typed", "*.safetensors", "*.json", "*.pdb"):
+            for pattern in ("*.py", "*.cpp", "*.hpp", "py.typed", "*.safetensors", "*.json", "*.pdb"):
                 sources |= {str(p.relative_to(root)): p.read_bytes() for p in top.rglob(pattern)}
     assert {"openmm_mlff/py.typed", "openmm_mlff/cli/__init__.py", "openmm_spookynet/__init__.py"} <= sources.keys()
     assert {n for n in content if ".dist-info/" not in n} == sources.keys()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,15 +305,6 @@ def test_any_error_keeps_its_type_and_traceback(small: MLPotential, monkeypatch:
     assert running.last_error(system) is None
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Ctrl-C raises, also where the tests were started with SIGINT ignored (in the background of a script)."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_can_be_told_from_other_errors(small: MLPotential, monkeypatch: pytest.MonkeyPatch) -> None:
     system = small.createSystem(topology_of(WATER))
     context = context_of(system, WATER_POSITIONS)
@@ -330,7 +320,6 @@ def test_ctrl_c_can_be_told_from_other_errors(small: MLPotential, monkeypatch: p
     assert not running.interrupted(openmm.OpenMMException("Particle coordinate is NaN"))
 
 
-@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_any_moment(small: MLPotential) -> None:
     system = small.createSystem(topology_of(WATER))
     context = context_of(system, WATER_POSITIONS, step=1e-7)
