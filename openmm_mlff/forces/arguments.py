@@ -12,7 +12,7 @@ import openmm
 import torch
 from openmm import unit
 
-from openmm_mlff.forces.python_force import PRECISIONS
+from openmm_mlff.forces.force_spec import PRECISIONS
 from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.units import ANGSTROM_PER_NM

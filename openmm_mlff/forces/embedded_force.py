@@ -12,11 +12,12 @@ import openmm
 
 from openmm_mlff.forces import checks
 from openmm_mlff.forces.copies import CopiesEvaluator
-from openmm_mlff.forces.python_force import ForceComputation, ForceSpec, _threads, _when
+from openmm_mlff.forces.force_spec import ForceSpec
+from openmm_mlff.forces.python_force import ForceComputation, _threads, _when
 from openmm_mlff.forces.surroundings import Surroundings, SurroundingsSpec
 from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
-#: of the stored options of embedded forces, beside `python_force.SPEC_VERSION`
+#: of the stored options of embedded forces, beside `force_spec.SPEC_VERSION`
 EMBEDDED_VERSION = 1
 
 

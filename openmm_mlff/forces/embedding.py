@@ -28,7 +28,7 @@ from openmm_mlff.forces.embedding_arguments import (
     check_forces,
     region_charges,
 )
-from openmm_mlff.forces.python_force import ForceSpec
+from openmm_mlff.forces.force_spec import ForceSpec
 from openmm_mlff.forces.serialization import stored_options
 from openmm_mlff.forces.surroundings import SurroundingsSpec, pack
 from openmm_mlff.units import ANGSTROM_PER_NM

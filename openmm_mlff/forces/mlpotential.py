@@ -32,13 +32,8 @@ from openmm_mlff.forces.arguments import (
     warn_unknown,
     whole_number,
 )
-from openmm_mlff.forces.python_force import (
-    DEFAULT_MAX_FORCE,
-    ForceComputation,
-    ForceSpec,
-    load_model,
-    make_force,
-)
+from openmm_mlff.forces.force_spec import DEFAULT_MAX_FORCE, ForceSpec
+from openmm_mlff.forces.python_force import ForceComputation, load_model, make_force
 from openmm_mlff.potentials import family as families
 from openmm_mlff.potentials.family import Family
 from openmm_mlff.potentials.potential import Potential

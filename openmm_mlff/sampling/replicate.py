@@ -24,7 +24,8 @@ import numpy as np
 import openmm
 from openmm import app
 
-from openmm_mlff.forces.python_force import ForceComputation, ForceSpec, make_force
+from openmm_mlff.forces.force_spec import ForceSpec
+from openmm_mlff.forces.python_force import ForceComputation, make_force
 from openmm_mlff.forces.serialization import stored_options
 from openmm_mlff.units import COULOMB_EV_ANGSTROM, KJ_PER_MOL_PER_EV, NM_PER_ANGSTROM
 

@@ -17,7 +17,8 @@ from openmmml import MLPotential
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces import running
 from openmm_mlff.forces.ase_calculator import MLFFCalculator
-from openmm_mlff.forces.python_force import ForceSpec, load_model
+from openmm_mlff.forces.force_spec import ForceSpec
+from openmm_mlff.forces.python_force import load_model
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.potentials.family import store_potential
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV

@@ -13,7 +13,8 @@ from openmm import app, unit
 from openmmml import MLPotential
 
 from openmm_mlff.forces import running
-from openmm_mlff.forces.python_force import ForceComputation, ForceSpec
+from openmm_mlff.forces.force_spec import ForceSpec
+from openmm_mlff.forces.python_force import ForceComputation
 from openmm_mlff.forces.serialization import load_system, stored_options
 from openmm_mlff.sampling.replicas import Replicas
 from openmm_mlff.sampling.replicate import replicate_topology
