@@ -10,7 +10,7 @@ The table by size runs every system in a process of its own, whose peak memory i
 has only imported the packages and read the model. Water at 0.99 g/cm^3 in periodic boxes, long-range cutoff 12 angstrom
 (72 neighbours within the short cutoff and its skin, 830 within the long one), except where another is given; molecules
 and the droplet in open space, molecules with the 1000 angstrom that the authors recommend there. The exponent of the
-growth is fitted to the boxes.
+growth is fitted to the boxes. The three long-range methods run in turn in boxes of water.
 
 Threads of OpenMP wait as they do by default, which is fastest for the port on a machine that nobody else uses (on a
 busy one it is several times slower so); run the comparison there.
@@ -38,8 +38,10 @@ from rich.table import Table
 from vesin import NeighborList
 
 from openmm_mlff.data.structures import Structure, collate
+from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.potentials.neighbors import DEFAULT_SKIN
+from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM
 from openmm_so3krates import SO3krates
 from openmm_so3krates.native import Engine
 
@@ -50,6 +52,9 @@ PARAMETERS = SHARED / "models" / "so3lr_params.npz"
 COMPARED = ("water", "alanine dipeptide", "water box 192, 6 A", "water droplet 600")
 #: copies of the 12.4 angstrom box of 64 waters along each axis
 BOXES = {192: (1, 1, 1), 768: (1, 2, 2), 1536: (2, 2, 2), 3456: (2, 3, 3), 10368: (3, 3, 6)}
+#: atoms of the boxes in which the ways to treat charges are compared
+METHOD_BOXES = (192, 1536, 3456)
+PARTS = ("compare", "sizes", "methods", "lists")
 #: ms per step of the published JAX calculator under openmm-ml, two cores of such a machine, measured on another day
 JAX = {"alanine dipeptide": "6.1", "water box 192, 6 A": "151-164"}
 
@@ -126,7 +131,7 @@ class Run:
     def forces(self) -> np.ndarray:
         """eV/angstrom, at the positions of the run."""
         value = self.context.getState(forces=True).getForces(asNumpy=True)
-        return np.asarray(value.value_in_unit(unit.kilojoule_per_mole / unit.angstrom)) / 96.48533212331
+        return np.asarray(value.value_in_unit(unit.kilojoule_per_mole / unit.nanometer)) / KJ_PER_MOL_NM_PER_EV_ANGSTROM
 
     def warm_up(self, steps: int) -> None:
         self.context.setVelocitiesToTemperature(300.0, 1)
@@ -289,6 +294,39 @@ def show_comparison(rounds: int) -> dict[str, Any]:
     return found
 
 
+def methods(rounds: int) -> dict[str, Any]:
+    """Milliseconds per step of the three ways to treat charges in a box, in turn, and their ratios to 'shifted'."""
+    found: dict[str, Any] = {}
+    for n in METHOD_BOXES:
+        case = cases()[f"water box {n}"]
+        potential = MLPotential("so3lr", modelPath=str(PARAMETERS))
+        runs = {
+            name: Run(case, potential, longRangeCutoff=0.1 * case.cutoff, longRangeMethod=name, threads=THREADS)
+            for name in LONG_RANGE_METHODS
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run.warm_up(3)
+        steps = max(4, round(1.0 / runs["shifted"].time(2)[0]))
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(run.time(steps)[0])
+        found[str(n)] = {name: summary(values) for name, values in times.items()}
+        for name in runs:
+            ratios = np.array(times[name]) / np.array(times["shifted"])
+            found[str(n)][name]["ratio"] = round(float(np.median(ratios)), 2)
+    return found
+
+
+def show_methods(rounds: int) -> dict[str, Any]:
+    found = methods(rounds)
+    table = Table("atoms", *LONG_RANGE_METHODS, title=f"ms per step, over 'shifted'; {THREADS} threads, 12 A")
+    for n, row in found.items():
+        table.add_row(n, *(f"{row[k]['median_ms']:.1f}, {row[k]['ratio']:.2f}" for k in LONG_RANGE_METHODS))
+    Console().print(table)
+    return found
+
+
 def show_sizes(rounds: int, largest: int) -> dict[str, Any]:
     table = Table("system", "atoms", "ms/step", "processor ms/step", "ns/day", "peak memory [MiB]", "before [MiB]")
     found = {}
@@ -320,9 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--largest", type=int, default=10368, help="atoms of the largest system")
-    parser.add_argument(
-        "--parts", nargs="+", choices=("compare", "sizes", "lists"), default=("compare", "sizes", "lists")
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -339,6 +375,8 @@ def main() -> None:
     if "sizes" in arguments.parts:
         result["sizes"] = show_sizes(arguments.rounds, arguments.largest)
         result["exponent"] = growth(result["sizes"])
+    if "methods" in arguments.parts:
+        result["methods"] = show_methods(arguments.rounds)
     if "lists" in arguments.parts:
         result["lists"] = show_searches(arguments.rounds)
     machines = result.get("machine", {}) | {part: about for part in arguments.parts}

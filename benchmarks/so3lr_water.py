@@ -90,6 +90,7 @@ RUNS = {
     "nve_shifted_12": Run("nve", "shifted", 1.2, 6.0, 11),
     "npt_shifted_12": Run("npt", "shifted", 1.2, 30.0, 21),
     "npt_pme_12": Run("npt", "pme", 1.2, 30.0, 21),
+    "npt_pme_12_again": Run("npt", "pme", 1.2, 30.0, 22),
 }
 
 
