@@ -21,6 +21,13 @@ def run(repository: Path, name: str, *arguments: object, **environment: str) -> 
     )  # fmt: skip
 
 
+def test_every_example_has_a_number_of_its_own(repository: Path) -> None:
+    scripts = [path.name for path in (repository / "examples").glob("*.py")]
+    numbers = sorted(name.split("_")[0] for name in scripts)
+    assert len(numbers) >= 7 and all(re.fullmatch(r"\d\d", number) for number in numbers)
+    assert len(set(numbers)) == len(numbers)
+
+
 def test_first_simulation(repository: Path, shared: Path, tmp_path: Path) -> None:
     shipped = find_family("spookynet").bundled[0]
     model = shipped.name if shipped.path.is_file() else shared / "models" / "spookynet_parameters.pth"

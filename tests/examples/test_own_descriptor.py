@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def test_own_descriptor(repository: Path) -> None:
-    script = str(repository / "examples" / "05_own_descriptor.py")
+    script = str(repository / "examples" / "10_own_descriptor.py")
     done = subprocess.run(
         [sys.executable, script, "--train", "80", "--steps", "400"],
         capture_output=True, text=True, encoding="utf-8", timeout=300, check=False,

@@ -1,6 +1,6 @@
 """A kernel model with a descriptor of your own: ten lines of torch, and everything else follows.
 
-    python examples/05_own_descriptor.py --train 80 --steps 4000
+    python examples/10_own_descriptor.py --train 80 --steps 4000
 
 A descriptor is a function of positions. Forces, training and Hessians need its derivatives, which come from automatic
 differentiation, so nothing else has to be written. So that this takes seconds, the reference method is a force field
