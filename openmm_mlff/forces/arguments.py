@@ -20,7 +20,7 @@ from openmm_mlff.units import ANGSTROM_PER_NM
 #: keywords of createSystem and createMixedSystem
 OPTIONS = (
     *("charge", "multiplicity", "precision", "device", "longRangeCutoff", "longRangeMethod"),
-    *("compile", "maxForce", "threads"),
+    *("compile", "maxForce", "threads", "phase"),
 )
 #: keywords of MLPotential
 CONSTRUCTOR_OPTIONS = ("modelPath", "model", "sha256")
@@ -51,6 +51,8 @@ SYNONYMS = {
     "torchcompile": "compile",
     "numthreads": "threads",
     "forcelimit": "maxForce",
+    "solvent": "phase",
+    "environment": "phase",
     "path": "modelPath",
     "file": "modelPath",
     "checkpoint": "modelPath",
@@ -247,6 +249,16 @@ def check_long_range_method(
             stacklevel=4,
         )
     return method
+
+
+def check_phase(phase: Any, model: Potential) -> str | None:
+    """The phase that was asked for, else the model's own; `ValueError` for one that it does not offer."""
+    if phase is None:
+        return model.phases[0] if model.phases else None
+    if model.phases and phase not in model.phases:
+        raise ValueError(f"phase: {model.family} offers {_alternatives(model.phases)}, got {phase!r}")
+    model.in_phase(phase)
+    return phase
 
 
 def _alternatives(names: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ import torch
 from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 
 #: of options that older versions of this package read as well; options of many copies are of version 2, those with a
-#: long-range method of version 3.
-SPEC_VERSION = 3
+#: long-range method of version 3, those with a phase of version 4.
+SPEC_VERSION = 4
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 REGIONS = ("open", "wrapped", "periodic")
 #: kJ/mol/nm; under such a force a carbon atom moves by two angstroms in one step of 0.5 fs.
@@ -35,6 +35,8 @@ class ForceSpec:
         region: 'open' (no box), 'wrapped' (an open region in a periodic box: made whole first), 'periodic'.
         compile: 'auto', True or False. threads: torch threads; None chooses by size.
         max_force: kJ/mol/nm; a larger force on any atom stops the run. None switches this off.
+        phase: one of the model's `Potential.phases`, or None for a model with one energy.
+        coupling_parameter: OpenMM's global parameter (0 to 1, at first 1) behind the model's ``coupling``, or None.
     """
 
     sha256: str
@@ -54,6 +56,8 @@ class ForceSpec:
     replicas: int = 1
     batch: int | None = None
     long_range_method: str = "shifted"
+    phase: str | None = None
+    coupling_parameter: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("numbers", "atoms"):
@@ -87,6 +91,13 @@ class ForceSpec:
             del fields["long_range_method"]
         else:
             version = 3
+        for name in ("phase", "coupling_parameter"):
+            if fields[name] is None:
+                del fields[name]
+            elif isinstance(fields[name], str):
+                version = 4
+            else:
+                raise ValueError(f"{name}: expected a name or None, got {fields[name]!r}")
         return json.dumps({"version": version, **fields}, sort_keys=True, separators=(",", ":"))
 
     @classmethod

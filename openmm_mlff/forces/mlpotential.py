@@ -23,6 +23,7 @@ from openmm_mlff.forces.arguments import (
     check_compile,
     check_device,
     check_long_range_method,
+    check_phase,
     check_precision,
     check_threads,
     force_limit,
@@ -166,6 +167,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
         compile: bool | str = "auto",
         maxForce: float | unit.Quantity | None = DEFAULT_MAX_FORCE,
         threads: int | None = None,
+        phase: str | None = None,
         **rest: Any,
     ) -> None:
         """Add the ML potential of some or all atoms to a system.
@@ -183,6 +185,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
             compile: True, False, or 'auto' (compiled if the disk cache holds the compiled graph already).
             maxForce: kJ/mol/nm or a Quantity; a larger force stops the run. None switches this off.
             threads: torch threads on the CPU; None chooses by the number of atoms.
+            phase: which energy, for potentials that offer several (`Potential.phases`); None for the model's own.
 
         Raises `ValueError` or `TypeError` naming the argument.
         """
@@ -194,7 +197,11 @@ class MLFFPotentialImpl(MLPotentialImpl):
         model = load_model(self._sha256, self.family.name, self._path, device="cpu")
         numbers = atomic_numbers(topology, chosen, model)
         charge, multiplicity = whole_number("charge", charge), whole_number("multiplicity", multiplicity)
+        phase = check_phase(phase, model)
+        model = model if phase is None else model.in_phase(phase)
         model.check_electrons(numbers, charge, multiplicity)
+        if len(chosen) < topology.getNumAtoms():
+            _refuse_implicit(model, phase)
         # openmm-ml hands over an empty system when it interpolates, so the topology is asked first
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
         region = "open" if not periodic else "periodic" if atoms is None else "wrapped"
@@ -216,6 +223,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
             compile=check_compile(compile),
             max_force=force_limit(maxForce),
             threads=check_threads(threads),
+            phase=phase,
+            coupling_parameter=model.coupling_parameter,
         )
         computation = ForceComputation(spec)
         self._check_model(computation, topology)
@@ -250,6 +259,17 @@ class MLFFPotentialImpl(MLPotentialImpl):
                 f"longRangeCutoff: expected at most {LONGEST_PERIODIC_CUTOFF:g} nm in a periodic box, got "
                 f"{nanometers:g} nm; every image within it would be a pair"
             )
+
+
+def _refuse_implicit(model: Potential, phase: str | None) -> None:
+    """A region among other atoms would be solvated twice: by them, and by the continuum in its energy."""
+    if model.implicit_solvent:
+        vacuum = [name for name in model.phases if not model.in_phase(name).implicit_solvent]
+        instead = f"; expected {' or '.join(repr(name) for name in vacuum)}" if vacuum else ""
+        raise ValueError(
+            f"phase: the energy of {model.family} in phase {phase!r} holds a solvent around the whole molecule, so it "
+            f"cannot describe some atoms among others{instead}"
+        )
 
 
 def _given(path: Any) -> Path:

@@ -6,6 +6,7 @@ text (which model, which atoms, which options) and loads the model, by its check
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -66,6 +67,7 @@ class ForceComputation:
         self.energies: np.ndarray | None = None
         self._n_atoms = len(self._numbers) * self.spec.replicas
         self._evaluator: Evaluator | CopiesEvaluator | None = None
+        self._own_model: Potential | None = None
         self._cell: np.ndarray | None = None
         self._lock = threading.RLock()
         self.limited = True
@@ -118,9 +120,17 @@ class ForceComputation:
 
     @property
     def model(self) -> Potential:
-        """The potential, shared by all computations of this process that ask for the same one."""
+        """The potential, shared by all computations of this process that ask for the same one.
+
+        One whose energy follows a global parameter is this computation's own, with the parameters of the shared one.
+        """
         s = self.spec
-        return load_model(s.sha256, s.family, s.path, s.precision, s.device, s.long_range_cutoff, s.long_range_method)
+        shared = (s.sha256, s.family, s.path, s.precision, s.device, s.long_range_cutoff, s.long_range_method, s.phase)
+        if s.coupling_parameter is None:
+            return load_model(*shared)
+        if self._own_model is None:
+            self._own_model = copy.copy(load_model(*shared))
+        return self._own_model
 
     @property
     def compiled(self) -> bool | None:
@@ -142,6 +152,7 @@ class ForceComputation:
             if self.spec.region == "wrapped":
                 positions, cell = self._made_whole(positions, cell), None
         self._cell = cell
+        self._couple(state)
         with _threads(self._n_threads()):
             try:
                 energies, forces = self._get_evaluator(positions, cell).arrays(positions, cell)
@@ -160,6 +171,11 @@ class ForceComputation:
             raise self._unstable(energies, forces, positions, cell, limit, _when(state))
         self.energies = energies
         return energy, np.ascontiguousarray(forces)
+
+    def _couple(self, state: openmm.State) -> None:
+        """Let the model's coupling follow OpenMM's global parameter, where there is one."""
+        if self.spec.coupling_parameter is not None:
+            self.model.coupling = state.getParameters()[self.spec.coupling_parameter]
 
     # -- copies; the slow paths below run only when something is wrong ---------------------------------------------
 
@@ -184,8 +200,8 @@ class ForceComputation:
         return lambda i: self.describe(replica * len(self._numbers) + i)
 
     def _coincident(self, positions: np.ndarray, cell: np.ndarray | None, when: str) -> checks.InstabilityError | None:
-        for k, copy in enumerate(self._copies(positions)):
-            error = checks.coincident(copy, cell, self._describer(k), when)
+        for k, one in enumerate(self._copies(positions)):
+            error = checks.coincident(one, cell, self._describer(k), when)
             if error is not None:
                 return self._located(error, k)
         return None
@@ -209,8 +225,10 @@ class ForceComputation:
         if self._evaluator is None:
             spec, model = self.spec, self.model
             structures = [
-                Structure(self._numbers, copy, spec.charge, spec.multiplicity, cell) for copy in self._copies(positions)
+                Structure(self._numbers, one, spec.charge, spec.multiplicity, cell) for one in self._copies(positions)
             ]
+            for structure in structures:
+                model.check_geometry(structure)
             if spec.replicas == 1:
                 self._evaluator = model.evaluator(structures[0], outputs=self.outputs, compile=spec.compile)
             else:
@@ -277,7 +295,8 @@ def make_force(
         periodic: whether the computation wants box vectors.
         group: the force group.
     """
-    force = openmm.PythonForce(computation)
+    parameter = computation.spec.coupling_parameter
+    force = openmm.PythonForce(computation, {} if parameter is None else {parameter: 1.0})
     force.setName(f"{computation.spec.family} (openmm-mlff)")
     if particles is not None:
         force.setParticles([int(i) for i in particles])
@@ -305,23 +324,26 @@ def load_model(
     device: str | None = None,
     long_range_cutoff: float | None = None,
     long_range_method: str = "shifted",
+    phase: str | None = None,
 ) -> Potential:
     """A potential by the checksum of its file, loaded once per process for the same options.
 
     Args:
         path: where the file was last seen, if it is not in the cache. long_range_cutoff: angstrom.
-        long_range_method: one of the model's `Potential.long_range_methods`.
+        long_range_method: one of the model's `Potential.long_range_methods`. phase: one of its `Potential.phases`.
 
-    Raises `FileNotFoundError` if no file has this checksum, `ValueError` for a method that the family does not offer,
-    and what `load_potential` raises.
+    Raises `FileNotFoundError` if no file has this checksum, `ValueError` for a method or phase that the family does not
+    offer, and what `load_potential` raises.
     """
     place = choose_device(device)
-    key = (sha256, precision, place, long_range_cutoff, long_range_method)
+    key = (sha256, precision, place, long_range_cutoff, long_range_method, phase)
     with _models_lock:
         if key in _models:
             _models.move_to_end(key)
             return _models[key]
         model = load_potential(model_file.find(sha256, path), family)
+        if phase is not None:
+            model = model.in_phase(phase)
         model.to(device=place, dtype=PRECISIONS[precision] if precision else None)
         if long_range_cutoff is not None:
             model.long_range_cutoff = long_range_cutoff

@@ -16,6 +16,7 @@ import torch
 
 from openmm_mlff import _plugins
 from openmm_mlff.data import model_file
+from openmm_mlff.potentials.composition import Composite
 from openmm_mlff.potentials.potential import Potential
 
 
@@ -147,19 +148,48 @@ def load_potential(path: str | Path, family: str | None = None, sha256: str | No
 
 def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potential:
     """The potential that a card and its tensors describe; raises `ValueError` if they do not fit each other."""
-    if card.get("kind", "potential") != "potential":
-        raise ValueError(f"modelPath: expected a model of kind 'potential', got {card['kind']!r}")
+    kind = card.get("kind", "potential")
+    if kind not in ("potential", "composite"):
+        raise ValueError(f"modelPath: expected a model of kind 'potential' or 'composite', got {kind!r}")
     family = find_family(card["family"])
+    if (kind == "composite") != issubclass(family.model, Composite):
+        raise ValueError(f"modelPath: the card says that a {family.name} model is of kind {kind!r}, which it is not")
     known = {f.name for f in dataclasses.fields(family.config)}
     unknown = sorted(set(card["config"]) - known)
     if unknown:
         raise ValueError(
             f"modelPath: the card's config has {unknown[0]!r}, which this version of {family.name} does not know"
         )
+    members = _members(card, tensors) if kind == "composite" else {}
     try:
-        model = family.model(family.config(**card["config"]))
+        config = family.config(**card["config"])
+        model = family.model.compose(config, members) if issubclass(family.model, Composite) else family.model(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"modelPath: the card's config does not describe a {family.name} model ({error})") from error
+    if not members:
+        _fill(model, tensors)
+    return model.eval().requires_grad_(False)
+
+
+def _members(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Potential]:
+    """The members of a composite, from their cards and the tensors with their names as prefixes."""
+    cards = card.get("members")
+    if not isinstance(cards, dict) or not all(isinstance(c, dict) and "family" in c for c in cards.values()):
+        raise ValueError("modelPath: the card of a composite is incomplete (the cards of its members are needed)")
+    strange = next((name for name in tensors if name.partition(".")[0] not in cards), None)
+    if strange is not None:
+        raise ValueError(f"modelPath: the tensors do not fit the card ({strange!r} belongs to no member)")
+    found = {}
+    for name, own in cards.items():
+        if not isinstance(own.get("config"), dict) or own.get("kind") != "potential":
+            raise ValueError(f"modelPath: the card of the member {name!r} is incomplete, or it is no potential")
+        mine = {key.partition(".")[2]: t for key, t in tensors.items() if key.partition(".")[0] == name}
+        found[name] = from_card(own, mine)
+    return found
+
+
+def _fill(model: Potential, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the tensors into the model, in their precision."""
     floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
     if floating:
         model.to(torch.float64 if all(d == torch.float64 for d in floating) else torch.float32)
@@ -169,13 +199,18 @@ def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potenti
         raise ValueError(
             f"modelPath: the tensors do not fit the card ({' '.join(str(error).split())[:500]})"
         ) from error
-    return model.eval().requires_grad_(False)
 
 
 def make_card(model: Potential, **details: Any) -> dict[str, Any]:
-    """The card of a model: what it is and can do, and what `details` add (training data, licence, accuracy, ...)."""
-    return {
-        "kind": "potential",
+    """The card of a model: what it is and can do, and what `details` add (training data, licence, accuracy, ...).
+
+    A composite's card holds those of its members, under ``members``; `details` may bring them with more in them.
+    """
+    composite = isinstance(model, Composite)
+    if composite and not dataclasses.is_dataclass(getattr(model, "config", None)):
+        raise TypeError(f"model: {model.family} potentials live in memory only and have no model file")
+    card = {
+        "kind": "composite" if composite else "potential",
         "family": model.family,
         "config": dataclasses.asdict(model.config),
         "elements": list(model.elements),
@@ -188,8 +223,10 @@ def make_card(model: Potential, **details: Any) -> dict[str, Any]:
         },
         "cutoff": model.cutoff,
         "long_range_cutoff": model.long_range_cutoff,
-        **details,
     }
+    if isinstance(model, Composite):
+        card["members"] = {name: make_card(member) for name, member in model.members.items()}
+    return {**card, **details}
 
 
 def save_potential(model: Potential, path: str | Path, **details: Any) -> Path:

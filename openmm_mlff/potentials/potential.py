@@ -71,6 +71,10 @@ class Potential(nn.Module):
         fixed_lattice: whether a periodic model describes the lattice of its training data and no other.
         beads: names of the particles of a coarse-grained model, in order; None for atoms.
         bead_numbers: what stands for these beads in `Batch.numbers`.
+        phases: names of the energies that it has to offer (see `in_phase`), its default first; most have one, unnamed.
+        implicit_solvent: whether its energy holds that of surroundings which it does not see as atoms.
+        coupling_parameter: OpenMM's global parameter that becomes ``coupling``, the attribute through which the energy
+            goes from one potential to another; None where there is none.
     """
 
     family: ClassVar[str] = ""
@@ -91,6 +95,9 @@ class Potential(nn.Module):
     fixed_lattice: bool = False
     beads: tuple[str, ...] | None = None
     bead_numbers: tuple[int, ...] = ()
+    phases: tuple[str, ...] = ()
+    implicit_solvent: bool = False
+    coupling_parameter: str | None = None
 
     def fixed(self, batch: Batch) -> Any:
         """Everything that `predict` needs and the positions do not change."""
@@ -160,6 +167,13 @@ class Potential(nn.Module):
                 )
         if structure.cell is not None and not self.supports_periodic:
             raise ValueError(f"cell: {self.family} describes open systems only, got periodic box vectors")
+
+    def check_geometry(self, structure: Structure) -> None:
+        """Refuse positions that no simulation by this model should start from (`ValueError`); none by default."""
+
+    def in_phase(self, phase: str) -> Potential:
+        """The potential of one of `phases`, with the same parameters; `ValueError` for another name."""
+        raise ValueError(f"phase: {self.family} has one energy only, expected None, got {phase!r}")
 
     def batch(
         self,

@@ -19,6 +19,7 @@ import torch
 
 from openmm_mlff.data.model_file import FORMAT_VERSION, sha256_of
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.composition import Composite
 from openmm_mlff.potentials.family import find_family, save_potential
 from openmm_mlff.potentials.potential import Potential
 
@@ -34,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "elements": (1, 6, 7, 8),
     },
     "gdml": {"numbers": (6, 8, 1, 1, 1, 1), "n_train": 5, "sigma": 3.0, "n_permutations": 6},
+    "resolv": {"phase": "water"},
 }
 STRUCTURES = [
     Structure(
@@ -61,6 +63,10 @@ def make(family: str) -> Potential:
     """A small model of the family with every parameter random."""
     torch.manual_seed(SEED)
     found = find_family(family)
+    if issubclass(found.model, Composite):
+        # two members of different families, so that the file holds both kinds of tensors and cards
+        members = {"vacuum": make("gdml"), "water": make("so3krates")}
+        return found.model.compose(found.config(**OPTIONS[family]), members).eval()
     model = found.model(found.config(**OPTIONS[family])).double()
     if family == "gdml":
         return fill_gdml(model)
@@ -93,7 +99,7 @@ def fill_gdml(model: Potential) -> Potential:
 
 def structures_of(family: str) -> list[Structure]:
     """Two structures that the model can describe."""
-    if family != "gdml":
+    if family not in ("gdml", "resolv"):
         return STRUCTURES
     moved = STRUCTURES[0].positions + np.random.default_rng(SEED).normal(scale=0.1, size=(6, 3))
     return [STRUCTURES[0], STRUCTURES[0].replace(positions=moved)]

@@ -118,9 +118,9 @@ def test_options_that_older_versions_stored() -> None:
     spec = ForceSpec("00", "so3krates", (8, 1, 1), long_range_cutoff=6.0, region="periodic", long_range_method="pme")
     assert json.loads(spec.to_json())["version"] == 3
     assert ForceSpec.from_json(spec.to_json()) == spec
-    for text in (spec.to_json().replace('"pme"', '"p3m"'), spec.to_json().replace('"version":3', '"version":4')):
+    for text in (spec.to_json().replace('"pme"', '"p3m"'), spec.to_json().replace('"version":3', '"version":99')):
         with pytest.raises(
-            ValueError, match=r"long_range_method: expected one of shifted, ewald, pme|4 is newer than 3"
+            ValueError, match=r"long_range_method: expected one of shifted, ewald, pme|99 is newer than 4"
         ):
             ForceSpec.from_json(text)
 

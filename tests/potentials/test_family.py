@@ -179,7 +179,7 @@ def test_configs_that_do_not_fit(tiny: SpookyNet, change: dict[str, Any], messag
 
 def test_other_kinds_and_missing_tensors(tiny: SpookyNet) -> None:
     card, state = make_card(tiny), tiny.state_dict()
-    with pytest.raises(ValueError, match="expected a model of kind 'potential', got 'propagator'"):
+    with pytest.raises(ValueError, match="expected a model of kind 'potential' or 'composite', got 'propagator'"):
         from_card(card | {"kind": "propagator"}, state)
     with pytest.raises(ValueError, match="no potential is called 'unknown'"):
         from_card(card | {"family": "unknown"}, state)
