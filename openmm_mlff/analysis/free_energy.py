@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -345,13 +345,20 @@ def _resampled(run: np.ndarray, block: int, rng: np.random.Generator) -> np.ndar
 # -- along time and along training -----------------------------------------------------------------------------
 
 
-def convergence(forward: Series, reverse: Series, points: int = 10) -> dict[str, np.ndarray]:
-    """BAR from growing parts of the frames, from the start and from the end.
+def convergence(
+    estimator: Callable[..., tuple[float, float]], *states: Series, points: int = 10
+) -> dict[str, np.ndarray]:
+    """An estimate from growing parts of the frames, from the start and from the end.
 
-    Returns ``fraction`` ``(points,)``, and ``from_start``, ``from_end`` ``(points, 2)`` with value and error in kT;
-    NaN where a part has too few frames or no overlap. Overlapping bands say that the result does not drift.
+    Args:
+        estimator: ``estimator(*states) -> (value, error)`` from lists of runs.
+        states: arrays with the frames on the last axis, or lists of such runs.
+
+    Returns ``fraction`` ``(points,)``, and ``from_start``, ``from_end`` ``(points, 2)`` with value and error; NaN where
+    the estimator raises `ValueError` (too few frames, no overlap). Bands that overlap say that the result does not
+    drift.
     """
-    f_runs, r_runs = _runs("forward", forward), _runs("reverse", reverse)
+    runs = [[state] if isinstance(state, np.ndarray) else list(state) for state in states]
     fractions = np.arange(1, points + 1) / points
     table = {
         "fraction": fractions,
@@ -360,20 +367,17 @@ def convergence(forward: Series, reverse: Series, points: int = 10) -> dict[str,
     }
     for i, fraction in enumerate(fractions):
         for name, part in (("from_start", _first), ("from_end", _last)):
-            try:
-                found = bar([part(x, fraction) for x in f_runs], [part(x, fraction) for x in r_runs], None)
-            except ValueError:
-                continue
-            table[name][i] = found.delta, found.error
+            with suppress(ValueError):
+                table[name][i] = estimator(*([part(run, fraction) for run in state] for state in runs))
     return table
 
 
 def _first(run: np.ndarray, fraction: float) -> np.ndarray:
-    return run[: round(fraction * len(run))]
+    return run[..., : round(fraction * run.shape[-1])]
 
 
 def _last(run: np.ndarray, fraction: float) -> np.ndarray:
-    return run[len(run) - round(fraction * len(run)) :]
+    return run[..., run.shape[-1] - round(fraction * run.shape[-1]) :]
 
 
 class AccumulatedFreeEnergy:

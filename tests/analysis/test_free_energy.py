@@ -221,11 +221,23 @@ def test_runs_of_a_state_may_be_several() -> None:
 
 def test_convergence_ends_at_the_whole_result() -> None:
     forward, reverse = work(PAIRS["harmonic"], np.random.default_rng(1), 500, 500, 0.5)
-    table, whole = free_energy.convergence(forward, reverse, points=5), bar(forward, reverse)
+
+    def estimator(f: list[np.ndarray], r: list[np.ndarray]) -> tuple[float, float]:
+        found = bar(f, r)
+        return found.delta, found.error
+
+    table, whole, half = (
+        free_energy.convergence(estimator, forward, [reverse], points=4),
+        estimator([forward], [reverse]),
+        estimator([forward[250:]], [reverse[250:]]),
+    )
+    np.testing.assert_allclose(table["fraction"], [0.25, 0.5, 0.75, 1.0])
     for name in ("from_start", "from_end"):
-        assert table[name].shape == (5, 2)
-        np.testing.assert_allclose(table[name][-1], (whole.delta, whole.error))
-    assert not np.array_equal(table["from_start"][0], table["from_end"][0])
+        np.testing.assert_allclose(table[name][-1], whole)
+    np.testing.assert_allclose(table["from_end"][1], half)
+    assert not np.array_equal(table["from_start"][1], table["from_end"][1])
+    few = free_energy.convergence(estimator, forward[:2], reverse[:2], points=4)
+    assert np.isnan(few["from_start"][0]).all()
 
 
 def test_ensembles_without_overlap_are_an_error_that_says_which_and_by_how_much() -> None:
