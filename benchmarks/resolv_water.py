@@ -1,0 +1,97 @@
+"""The water potential of ReSolv: trained from hydration free energies, beginning with the vacuum potential.
+
+    python benchmarks/resolv_vacuum.py; python benchmarks/resolv_vacuum.py --report
+    python benchmarks/resolv_water.py --name first [--learning-rate 1e-4] [--fluctuation 0.0] [--processes 4]
+
+Experimental hydration free energies of the authors' training molecules (FreeSolv), less the tenth of them that says
+which round and which of several trainings is best; test molecules take no part. Every simulation is Langevin dynamics
+of our own at 298.15 K, 1 fs, 1/ps; conformers by rdkit with a seed, the one of least energy in vacuum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from _common import HERE
+from _resolv import FOLDER, SEED, TEMPERATURE, Molecule, molecules
+
+from openmm_mlff.data.molecules import embed_smiles
+from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.potentials.potential import Potential
+from openmm_mlff.sampling.molecule_runs import LangevinSettings
+from openmm_mlff.training.run import MODEL
+from openmm_mlff.training.solvation import SolvationTraining
+from openmm_mlff.training.solvation_settings import SolvationOptions, Target
+from openmm_mlff.units import EV_PER_KCAL_PER_MOL
+
+CONFORMERS = 8
+
+
+def vacuum_folder() -> Path:
+    """The training of the vacuum potential that was chosen."""
+    chosen = json.loads((HERE / "resolv_vacuum.json").read_text(encoding="utf-8"))["chosen"]
+    return FOLDER / f"vacuum_{chosen}"
+
+
+def start(molecule: Molecule, vacuum: Potential) -> Structure:
+    """The conformer of least energy in vacuum among a few."""
+    conformers = embed_smiles(molecule.smiles, CONFORMERS, seed=SEED % 100_000 + molecule.index)
+    energies = [vacuum.energy_and_forces(s)[0] for s in conformers]
+    return conformers[int(np.argmin(energies))].replace(group=molecule.key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="first", help="of this training, a folder")
+    parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: the chosen one)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--fluctuation", type=float, default=0.0)
+    parser.add_argument("--least-effective", type=float, default=0.9)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--ps", type=float, default=48.0)
+    parser.add_argument("--frames", type=int, default=40)
+    parser.add_argument("--equilibration", type=float, default=8.0)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--molecules", type=int, help="only so many of each split, to try it")
+    args = parser.parse_args()
+    vacuum = load_potential((args.vacuum or vacuum_folder()) / MODEL)
+    chosen = [m for m in molecules() if m.sound and m.split in ("train", "valid")]
+    if args.molecules:
+        by_split = [[m for m in chosen if m.split == split][: args.molecules] for split in ("train", "valid")]
+        chosen = [m for group in by_split for m in group]
+    targets = [Target(m.key, start(m, vacuum), m.experiment * EV_PER_KCAL_PER_MOL, m.split) for m in chosen]
+    sampling = LangevinSettings(
+        temperature=TEMPERATURE,
+        length=args.ps,
+        interval=args.ps / args.frames,
+        equilibration=args.equilibration,
+        minimization_steps=100,
+    )
+    options = dataclasses.replace(
+        SolvationOptions(),
+        sampling=sampling,
+        rounds=args.rounds,
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        final_learning_rate=0.1 * args.learning_rate,
+        least_effective=args.least_effective,
+        fluctuation=args.fluctuation,
+        processes=args.processes,
+        threads=args.processes,
+        seed=SEED % 100_000,
+    )
+    folder = FOLDER / f"water_{args.name}"
+    training = SolvationTraining(
+        vacuum, targets, options, folder, resume=(folder / "config.json").exists(), say=lambda s: print(s, flush=True)
+    )
+    training.run()
+
+
+if __name__ == "__main__":
+    main()

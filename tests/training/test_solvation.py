@@ -1,0 +1,256 @@
+"""Learning free energies: on springs, whose free energies are integrals over one length."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openmm_mlff import _plugins
+from openmm_mlff.data.structures import Batch, Structure
+from openmm_mlff.potentials.family import Family
+from openmm_mlff.potentials.potential import Potential, Prediction
+from openmm_mlff.sampling.molecule_runs import Failure, LangevinSettings, MoleculeSamples
+from openmm_mlff.training import ensembles
+from openmm_mlff.training.solvation import BEST, SolvationTraining, bar_variance
+from openmm_mlff.training.solvation_settings import SolvationOptions, Target
+from openmm_mlff.units import BOLTZMANN_EV
+
+TEMPERATURE = 298.15
+KT = BOLTZMANN_EV * TEMPERATURE
+LENGTHS = np.linspace(0.2, 2.4, 20001)
+
+
+@dataclass(frozen=True)
+class SpringsConfig:
+    hydrogen: float = 12.0
+    carbon: float = 30.0
+
+
+class Springs(Potential):
+    """Diatomics with E = k/2 (r - 1.1)^2, k in eV/angstrom^2 the mean of the two elements' trained numbers."""
+
+    family = "springs"
+    elements = (1, 6)
+    cutoff = 5.0
+
+    def __init__(self, config: SpringsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stiffness = nn.Parameter(torch.tensor([config.hydrogen, config.carbon], dtype=torch.float64))
+
+    def predict(self, batch: Batch, fixed: Any) -> Prediction:
+        assert batch.pairs is not None
+        r = batch.pair_vectors(batch.pairs).square().sum(-1).sqrt()
+        which = (batch.numbers == 6).long()
+        k = 0.5 * (self.stiffness[which[batch.pairs.first]] + self.stiffness[which[batch.pairs.second]])
+        energy = 0.25 * k * (r - 1.1).square()
+        return Prediction(
+            batch.sum_by_structure(energy.new_zeros(batch.n_atoms).index_add(0, batch.pairs.first, energy))
+        )
+
+
+def density(stiffness: float) -> np.ndarray:
+    return LENGTHS**2 * np.exp(-0.5 * stiffness * (LENGTHS - 1.1) ** 2 / KT)
+
+
+def exact(model: Springs, structure: Structure, other: Springs) -> float:
+    """Free energy of a diatomic in `model` minus that in `other`, kT."""
+    means = []
+    for potential in (model, other):
+        k = potential.stiffness.detach().numpy()[(structure.numbers == 6).astype(int)].mean()
+        means.append(np.log(density(float(k)).sum()))
+    return float(means[1] - means[0])
+
+
+def exact_samples(
+    potential: Potential,
+    structures: Sequence[Structure],
+    settings: LangevinSettings,
+    *,
+    velocities: Any = None,
+    **ignored: Any,
+) -> list[MoleculeSamples]:
+    """Stands in for molecular dynamics: lengths by the inverse of their cumulative distribution."""
+    random = np.random.default_rng(settings.seed)
+    results = []
+    for structure in structures:
+        k = float(potential.stiffness.detach().numpy()[(structure.numbers == 6).astype(int)].mean())  # type: ignore[operator]
+        cumulative = np.cumsum(density(k))
+        n = round(settings.length / settings.interval)
+        r = np.interp(random.uniform(size=n), cumulative / cumulative[-1], LENGTHS)
+        positions = np.zeros((n, 2, 3))
+        positions[:, 1, 0] = r
+        broken = (Failure(0, 5, "a bond is broken", positions[-1]),) if "breaks" in structure.info else ()
+        results.append(
+            MoleculeSamples(
+                positions=positions,
+                energies=0.5 * k * (r - 1.1) ** 2,
+                velocities=np.zeros((2, 3)),
+                last=positions[-1],
+                temperature=TEMPERATURE,
+                failures=broken,
+                finished=not broken,
+            )
+        )
+    return results
+
+
+MOLECULES = {
+    "h2": Structure(np.array([1, 1]), np.array([[0.0, 0, 0], [1.1, 0, 0]])),
+    "c2": Structure(np.array([6, 6]), np.array([[0.0, 0, 0], [1.1, 0, 0]])),
+    "ch": Structure(np.array([6, 1]), np.array([[0.0, 0, 0], [1.1, 0, 0]])),
+}
+SAMPLING = LangevinSettings(temperature=TEMPERATURE, length=400.0, interval=1.0, equilibration=0.0)
+OPTIONS = SolvationOptions(
+    sampling=SAMPLING, rounds=12, epochs=20, batch_size=2, learning_rate=1.0, final_learning_rate=0.1, seed=3
+)
+
+
+@pytest.fixture
+def springs(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = Family(name="springs", model=Springs, config=SpringsConfig)
+    original = _plugins.load
+    monkeypatch.setattr(_plugins, "load", lambda group, name: family if name == "springs" else original(group, name))
+    monkeypatch.setattr(ensembles, "sample", exact_samples)
+
+
+def targets(shifts: dict[str, float]) -> list[Target]:
+    splits = {"ch": "valid"}
+    return [Target(name, MOLECULES[name], shift * KT, splits.get(name, "train")) for name, shift in shifts.items()]
+
+
+def test_free_energies_are_learned_over_many_simulations(springs: None, tmp_path: Path) -> None:
+    """Goals are 0.8 and 0.5 kT away, further than one ensemble's weights reach; the truth is an integral."""
+    vacuum = Springs(SpringsConfig())
+    wanted = Springs(SpringsConfig(hydrogen=60.0, carbon=75.0))
+    goals = {name: exact(wanted, s, vacuum) for name, s in MOLECULES.items()}
+    assert goals["h2"] > 0.75
+    training = SolvationTraining(vacuum, targets(goals), OPTIONS, tmp_path / "run", say=lambda line: None)
+    learned = training.run()
+    rows = json.loads((tmp_path / "run" / "history.json").read_text(encoding="utf-8"))
+    assert sum(row["simulated"] > 0 for row in rows) >= 2
+    assert isinstance(learned, Springs)
+    estimates = training.free_energies()
+    for name, structure in MOLECULES.items():
+        assert exact(learned, structure, vacuum) == pytest.approx(goals[name], abs=0.1)
+        # what is reported of the last parameters is their free energy, within its own error
+        error = np.sqrt(training.ensembles[name].variance + 0.1 / 400)
+        model = training.model
+        assert isinstance(model, Springs)
+        assert estimates[name] / KT == pytest.approx(exact(model, structure, vacuum), abs=4 * error)
+    assert (tmp_path / "run" / BEST).exists()
+
+
+def test_a_step_is_halved_until_the_weights_hold(springs: None, tmp_path: Path) -> None:
+    vacuum = Springs(SpringsConfig())
+    options = dataclasses.replace(OPTIONS, learning_rate=60.0, final_learning_rate=60.0, rounds=1, epochs=1)
+    options = dataclasses.replace(options, smallest_effective=0.85)
+    training = SolvationTraining(vacuum, targets({"h2": 5.0, "c2": 5.0}), options, tmp_path, say=lambda line: None)
+    training.run()
+    assert training.history[0]["halved"] >= 1
+    for name in ("h2", "c2"):
+        assert training._effective_of(name) >= options.smallest_effective
+
+
+def test_the_gradient_is_the_weighted_mean_of_gradients(springs: None, tmp_path: Path) -> None:
+    vacuum = Springs(SpringsConfig())
+    training = SolvationTraining(
+        vacuum, targets({"h2": 0.5}), dataclasses.replace(OPTIONS, rounds=1, epochs=1), tmp_path
+    )
+    training.run()
+    value = training._free_energy("h2", training._du("h2"))
+    assert isinstance(training.model, Springs)
+    (found,) = torch.autograd.grad(value, [training.model.stiffness])
+    ensemble = training.ensembles["h2"]
+    r = np.linalg.norm(ensemble.frames.positions[:, 1] - ensemble.frames.positions[:, 0], axis=-1)
+    du = training._du("h2").detach().numpy()
+    w = np.exp(-du) / np.exp(-du).sum()
+    # dE/dk of H2 is (r - 1.1)^2 / 2 for the hydrogen number, nothing for carbon's
+    expected = float((w * 0.5 * (r - 1.1) ** 2).sum()) / KT
+    assert found.tolist() == pytest.approx([expected, 0.0], rel=1e-6)
+
+
+def test_a_stopped_training_goes_on_to_the_same_end(
+    springs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vacuum = Springs(SpringsConfig())
+    goals = targets({"h2": 0.8, "c2": 0.4, "ch": 0.6})
+    options = dataclasses.replace(OPTIONS, rounds=4)
+    whole = SolvationTraining(vacuum, goals, options, tmp_path / "whole", say=lambda line: None)
+    whole.run()
+    stopped = SolvationTraining(vacuum, goals, options, tmp_path / "parts", say=lambda line: None)
+    real = SolvationTraining._train
+
+    def interrupted(self: SolvationTraining, k: int) -> dict[str, float]:
+        if k == 2:
+            raise KeyboardInterrupt
+        return real(self, k)
+
+    monkeypatch.setattr(SolvationTraining, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    monkeypatch.setattr(SolvationTraining, "_train", real)
+    again = SolvationTraining(vacuum, goals, options, tmp_path / "parts", resume=True, say=lambda line: None)
+    assert len(again.history) == 2
+    again.run()
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_broken_molecules_are_left_out(springs: None, tmp_path: Path) -> None:
+    vacuum = Springs(SpringsConfig())
+    goals = targets({"h2": 0.5, "c2": 0.5})
+    broken = dataclasses.replace(goals[1], structure=goals[1].structure.replace(info={"breaks": True}))
+    lines: list[str] = []
+    training = SolvationTraining(
+        vacuum, [goals[0], broken], dataclasses.replace(OPTIONS, rounds=1), tmp_path, say=lines.append
+    )
+    training.run()
+    assert set(training.ensembles) == {"h2"}
+    assert "a bond is broken" in training.dropped["c2"] and any("c2" in line for line in lines)
+
+
+def test_refusals(springs: None, tmp_path: Path) -> None:
+    vacuum = Springs(SpringsConfig())
+    goals = targets({"h2": 0.5, "c2": 0.5})
+    with pytest.raises(ValueError, match="targets: expected a name of its own"):
+        SolvationTraining(vacuum, [goals[0], goals[0]], OPTIONS, tmp_path / "a")
+    with pytest.raises(ValueError, match="at least one molecule to train with"):
+        SolvationTraining(vacuum, targets({"ch": 0.5}), OPTIONS, tmp_path / "b")
+    with pytest.raises(ValueError, match="elements"):
+        oxygen = Structure(np.array([8, 8]), np.array([[0.0, 0, 0], [1.1, 0, 0]]))
+        SolvationTraining(vacuum, [Target("o2", oxygen, 0.0)], OPTIONS, tmp_path / "c")
+    SolvationTraining(vacuum, goals, OPTIONS, tmp_path / "d")
+    with pytest.raises(FileExistsError, match="holds a training already"):
+        SolvationTraining(vacuum, goals, OPTIONS, tmp_path / "d")
+    with pytest.raises(ValueError, match="options: expected that of the training"):
+        SolvationTraining(vacuum, goals, dataclasses.replace(OPTIONS, seed=9), tmp_path / "d", resume=True)
+    for name, value in (("rounds", 0), ("least_effective", 1.5), ("learning_rate", 0.0), ("fluctuation", -1.0)):
+        with pytest.raises(ValueError, match=name):
+            SolvationOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_variance_of_bennetts_estimate() -> None:
+    """Against the scatter of 400 estimates between two Gaussians."""
+    from openmm_mlff.training.reweighting import bar
+
+    random = np.random.default_rng(5)
+    estimates, variances = [], []
+    for _ in range(400):
+        a, b = random.normal(0.0, 1.0, 60), random.normal(1.0, 1.0, 60)
+
+        def work(x: np.ndarray) -> Tensor:
+            return torch.as_tensor(0.5 * (x - 1.0) ** 2 - 0.5 * x**2)
+
+        estimates.append(float(bar(work(a), -work(b))))
+        variances.append(bar_variance(work(a), -work(b), estimates[-1]))
+    assert np.mean(variances) == pytest.approx(np.var(estimates), rel=0.25)
