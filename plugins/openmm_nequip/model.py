@@ -6,10 +6,11 @@ Symbols: N atoms, S slots for neighbours, F features, B Bessel functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +54,12 @@ class NequIP(Potential):
         self.energy_out = nn.Parameter(torch.randn(features // 2, 1))
         self.atomic_shift = nn.Parameter(torch.zeros(len(c.elements)))
         self.to(torch.get_default_dtype())
+
+    def check_electrons(self, numbers: Sequence[int] | np.ndarray, charge: int, multiplicity: int) -> None:
+        """Whole numbers are all that a model without electrons can ask for; `check` refuses ions and open shells."""
+        for name, value in (("charge", charge), ("multiplicity", multiplicity)):
+            if int(value) != value:
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
     # -- what the elements decide ----------------------------------------------------------------------------
 
