@@ -1,8 +1,9 @@
-"""One call of a model for many copies of a molecule, in batches that suit the model and the machine."""
+"""One call of a model for many copies of a molecule, or many molecules, in batches that suit the model and machine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.neighbors import FIXED_PAIRS_MAX_ATOMS
 from openmm_mlff.potentials.potential import Evaluation
 
 if TYPE_CHECKING:
@@ -20,95 +22,125 @@ if TYPE_CHECKING:
 ATOMS_PER_BATCH = 200
 
 
-class CopiesEvaluator:
-    """``f(positions, cell) -> Evaluation`` for structures of equal size laid end to end, which do not interact.
+@dataclass(frozen=True)
+class _Part:
+    """Structures that are evaluated together: which of all, and which of all atoms."""
 
-    Batches of equal size whose pair lists never change share one evaluator, and with it one compiled graph.
+    members: slice | np.ndarray
+    atoms: slice | np.ndarray
+    n: int
+    evaluator: Evaluator
+
+
+class CopiesEvaluator:
+    """``f(positions, cell) -> Evaluation`` for structures laid end to end, which do not interact.
+
+    Equal batches whose pair lists never change share one evaluator, and with it one compiled graph.
 
     Args:
-        structures: the copies, with equal numbers of atoms, all open or all periodic in the same box.
+        structures: copies of a molecule, or different molecules; all open, or all periodic in the same box.
         compile: as for `Potential.evaluator`.
-        batch: copies in one evaluation; None takes as many as make `ATOMS_PER_BATCH` atoms, or all where batches gain
-            nothing (on a GPU, or for a model without pair lists).
+        batch: structures in one evaluation; None takes as many as make `ATOMS_PER_BATCH` atoms, or all where batches
+            gain nothing (on a GPU, for a model without pair lists), or where they would need a graph each (different
+            molecules).
+        isolated: evaluate structures whose pair lists change one by one, so that no list, and with it no order of a
+            sum, depends on where the atoms of another structure are. Different molecules always are.
 
     Attributes:
-        pairs: where the pair lists of all copies were built (`CopiesPairs`).
-
-    Raises `ValueError` for copies of different sizes.
+        pairs: where the pair lists of all structures were built (`CopiesPairs`).
     """
 
     def __init__(
-        self, model: Potential, structures: Sequence[Structure], compile: bool | str = False, batch: int | None = None
+        self,
+        model: Potential,
+        structures: Sequence[Structure],
+        compile: bool | str = False,
+        batch: int | None = None,
+        isolated: bool = False,
     ) -> None:
-        n, size = len(structures), len(structures[0])
-        if any(len(s) != size for s in structures):
-            raise ValueError(f"structures: expected copies of equal size, got {sorted({len(s) for s in structures})}")
-        per_batch = _copies_per_batch(model, size, n) if batch is None else min(batch, n)
-        self._shape = (n * size, 3)
-        self._parts: list[tuple[slice, slice, Evaluator]] = []
+        offsets = np.cumsum([0, *(len(s) for s in structures)])
+        self._shape = (int(offsets[-1]), 3)
+        self._n = len(structures)
+        self._parts: list[_Part] = []
         shared: dict[tuple[bytes, ...], Evaluator] = {}
-        for start in range(0, n, per_batch):
-            part = structures[start : start + per_batch]
+        for members in _groups(model, structures, batch, isolated):
+            part = [structures[k] for k in members]
             key = tuple(s.numbers.tobytes() + bytes(f"{s.charge}/{s.multiplicity}", "ascii") for s in part)
             evaluator = shared.get(key)
             if evaluator is None:
                 evaluator = model.evaluator(part, outputs=("energy", "forces"), compile=compile)
                 if getattr(evaluator.pairs, "fixed", False):
                     shared[key] = evaluator
-            stop = start + len(part)
-            self._parts.append((slice(start, stop), slice(start * size, stop * size), evaluator))
-        self.pairs = CopiesPairs(self._parts)
+            atoms = np.concatenate([np.arange(offsets[k], offsets[k + 1]) for k in members])
+            self._parts.append(_Part(_as_slice(np.array(members)), _as_slice(atoms), len(members), evaluator))
+        self.pairs = CopiesPairs(self._parts, self._shape[0])
 
     @property
     def compiled(self) -> bool | None:
         """Whether a compiled graph runs; None before the first call."""
-        return self._parts[0][2].compiled
+        return self._parts[0].evaluator.compiled
 
     def __call__(self, positions: np.ndarray, cell: np.ndarray | None = None) -> Evaluation:
-        """Evaluate at positions ``(n_atoms of all copies, 3)`` angstrom, in one box ``(3, 3)`` angstrom or none."""
+        """Evaluate at positions ``(n_atoms of all structures, 3)`` angstrom, in one box ``(3, 3)`` angstrom or none."""
+        if len(self._parts) == 1 and positions.shape == self._shape:
+            return self._parts[0].evaluator(positions, _boxes(cell, self._n))
+        energies, forces = self.arrays(positions, cell)
+        return Evaluation(torch.from_numpy(energies), forces=torch.from_numpy(forces))
+
+    def arrays(self, positions: np.ndarray, cell: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Energies ``(n,)`` eV and forces ``(n_atoms of all structures, 3)`` eV/angstrom, float64."""
         if positions.shape != self._shape:
             raise ValueError(f"positions: expected shape {self._shape}, got {positions.shape}")
         if len(self._parts) == 1:
-            copies, _, evaluator = self._parts[0]
-            return evaluator(positions, _boxes(cell, copies))
-        energy = torch.empty(self._parts[-1][0].stop, dtype=torch.float64)
-        forces = torch.empty(self._shape, dtype=torch.float64)
-        for copies, atoms, evaluator in self._parts:
-            result = evaluator(positions[atoms], _boxes(cell, copies))
-            assert result.forces is not None
+            return self._parts[0].evaluator.arrays(positions, _boxes(cell, self._n))
+        energies, forces = np.empty(self._n), np.empty(self._shape)
+        for part in self._parts:
             # copied at once: a shared evaluator may write its next result to the same place
-            energy[copies], forces[atoms] = result.energy, result.forces
-        return Evaluation(energy, forces=forces)
-
-    def arrays(self, positions: np.ndarray, cell: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Energies of the copies ``(n,)`` eV and forces ``(n_atoms of all copies, 3)`` eV/angstrom, float64."""
-        if len(self._parts) == 1 and positions.shape == self._shape:
-            copies, _, evaluator = self._parts[0]
-            return evaluator.arrays(positions, _boxes(cell, copies))
-        result = self(positions, cell)
-        assert result.forces is not None
-        energies, forces = (x.detach().to("cpu", torch.float64).numpy() for x in (result.energy, result.forces))
+            found = part.evaluator.arrays(positions[part.atoms], _boxes(cell, part.n))
+            energies[part.members], forces[part.atoms] = found
         return energies, forces
 
 
 class CopiesPairs:
     """The pair lists of all batches seen as one, as a checkpoint wants them."""
 
-    def __init__(self, parts: Sequence[tuple[slice, slice, Evaluator]]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[_Part], n_atoms: int) -> None:
+        self._parts, self._n_atoms = parts, n_atoms
 
     @property
     def reference(self) -> Tensor | None:
-        """Positions ``(n_atoms of all copies, 3)`` angstrom at the last build; None if no lists are kept."""
-        found = [evaluator.pairs.reference for _, _, evaluator in self._parts]
-        kept = [r for r in found if r is not None]
-        return torch.cat(kept) if len(kept) == len(found) else None
+        """Positions ``(n_atoms of all structures, 3)`` angstrom at the last build; None if no lists are kept.
+
+        Batches without lists that change, among others with such lists, stand with zeros.
+        """
+        found = [(part.atoms, part.evaluator.pairs.reference) for part in self._parts]
+        kept = [(atoms, reference) for atoms, reference in found if reference is not None]
+        if not kept:
+            return None
+        whole = kept[0][1].new_zeros(self._n_atoms, 3)
+        for atoms, reference in kept:
+            whole[atoms] = reference
+        return whole
 
     def restore(self, reference: Tensor | None, cell: Tensor | None = None) -> None:
         """Build the lists at positions that `reference` gave, in the box ``(1, 3, 3)`` angstrom or none."""
-        for copies, atoms, evaluator in self._parts:
-            box = None if cell is None else cell.expand(copies.stop - copies.start, 3, 3)
-            evaluator.pairs.restore(None if reference is None else reference[atoms], box)
+        for part in self._parts:
+            box = None if cell is None else cell.expand(part.n, 3, 3)
+            part.evaluator.pairs.restore(None if reference is None else reference[part.atoms], box)
+
+
+def _groups(model: Potential, structures: Sequence[Structure], batch: int | None, isolated: bool) -> list[list[int]]:
+    """Which structures are evaluated together."""
+    n, sizes = len(structures), [len(s) for s in structures]
+    alone: list[list[int]] = []
+    if len(set(sizes)) == 1 and not isolated:
+        every = list(range(n))
+        per_batch = _copies_per_batch(model, sizes[0], n) if batch is None else min(batch, n)
+    else:
+        every = [k for k in range(n) if sizes[k] <= FIXED_PAIRS_MAX_ATOMS]
+        alone = [[k] for k in range(n) if sizes[k] > FIXED_PAIRS_MAX_ATOMS]
+        per_batch = n if batch is None else batch
+    return [every[k : k + per_batch] for k in range(0, len(every), per_batch)] + alone
 
 
 def _copies_per_batch(model: Potential, size: int, n: int) -> int:
@@ -119,5 +151,11 @@ def _copies_per_batch(model: Potential, size: int, n: int) -> int:
     return next((m for m in range(limit, limit // 2, -1) if n % m == 0), limit)
 
 
-def _boxes(cell: np.ndarray | None, copies: slice) -> np.ndarray | None:
-    return None if cell is None else np.broadcast_to(cell, (copies.stop - copies.start, 3, 3)).copy()
+def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
+    """Consecutive indices as a slice, which takes no copy."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+def _boxes(cell: np.ndarray | None, n: int) -> np.ndarray | None:
+    return None if cell is None else np.broadcast_to(cell, (n, 3, 3)).copy()
