@@ -276,6 +276,13 @@ class Batch:
             return x.sum(0, keepdim=True)
         return x.new_zeros(self.n_structures, *x.shape[1:]).index_add(0, self.segment, x)
 
+    def per_atom(self, x: Tensor) -> Tensor:
+        """``(n_structures, ...)`` -> ``(n_atoms, ...)``: every atom gets the value of its structure."""
+        if self.n_structures == 1:
+            # an index would be differentiated into a scatter to one place, which torch's compiler cannot vectorise
+            return x.expand(self.n_atoms, *x.shape[1:])
+        return x[self.segment]
+
     def lattice_shift(self, offsets: Tensor, structure: Tensor) -> Tensor:
         """Cartesian shift of lattice offsets ``(..., 3)`` for the structures ``(...)`` that they belong to."""
         assert self.cell is not None

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from torch import Tensor
 import openmm_mlff
 from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import Batch, NeighborMatrix, Pairs
+from openmm_mlff.potentials import native
 from openmm_mlff.potentials.potential import Evaluation, energy_forces
 
 if TYPE_CHECKING:
@@ -236,7 +236,12 @@ class CompiledGraph:
         example = tuple(x.clone() for x in inputs.tensors(inputs.batch))
         logger.info("compiling energy and forces for %d atoms (about a minute, once)", inputs.batch.n_atoms)
         try:
-            with _first_derivatives_only(self.model), utf8_locale(), warnings.catch_warnings():
+            with (
+                _first_derivatives_only(self.model),
+                compiler_for_torch(),
+                utf8_locale(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 graph = make_fx(self._record(inputs))(example[0].requires_grad_(True), *example[1:])
                 with torch.no_grad():
@@ -285,8 +290,15 @@ def agree(compiled: Evaluation, eager: Evaluation, dtype: torch.dtype) -> bool:
 
 
 def compiler_found() -> bool:
-    """Whether the C++ compiler that AOTInductor calls is installed."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+    """Whether there is a C++ compiler for AOTInductor to call."""
+    return native.compiler() is not None
+
+
+def compiler_for_torch() -> Any:
+    """Let torch call the compiler that our own sources are compiled with; it takes no launcher and no options."""
+    import torch._inductor.config as config
+
+    return config.patch({"cpp.cxx": (None, native.compiler_program() or "g++")})
 
 
 def _load(path: Path) -> Any:

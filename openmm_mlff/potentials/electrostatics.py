@@ -79,7 +79,7 @@ def _scaled_positions(batch: Batch, reciprocal: Tensor) -> Tensor:
     """Coordinates in units of the box vectors, ``(n_atoms, 3)``."""
     if batch.n_structures == 1:
         return batch.positions @ reciprocal[0].T
-    return torch.einsum("ia,iba->ib", batch.positions, reciprocal[batch.segment])
+    return torch.einsum("ia,iba->ib", batch.positions, batch.per_atom(reciprocal))
 
 
 def _kernel(index: tuple[Tensor, Tensor, Tensor], reciprocal: Tensor, sigma: float) -> Tensor:
@@ -119,7 +119,7 @@ def _ewald_sums(
     first, atoms by i >= 0 (k and -k are alike), in one product of matrices.
     """
     extent = ewald_extent(lengths, sigma, charges.dtype)
-    _refuse_large(charges, extent)
+    refuse_large_ewald(charges.numel(), lengths, sigma, charges.dtype)
     whole = [torch.arange(-m, m + 1, device=charges.device) for m in extent]
     half = whole[0][extent[0] :]
     turn = 2 * math.pi * scaled
@@ -140,12 +140,18 @@ def _ewald_sums(
     return (weight * squared).sum((1, 2, 3))
 
 
-def _refuse_large(charges: Tensor, extent: tuple[int, int, int]) -> None:
-    numbers = charges.numel() * 2 * (2 * extent[1] + 1) * (2 * extent[2] + 1)
-    gib = numbers * charges.element_size() / 2**30
+def refuse_large_ewald(n_atoms: int, lengths: tuple[float, float, float], sigma: float, dtype: torch.dtype) -> None:
+    """Raise `ValueError` where the table of phases of 'ewald' would take more than `EWALD_MEMORY`.
+
+    Args:
+        n_atoms: of all structures together. lengths: of the box vectors (`Batch.box_lengths`), angstrom.
+        sigma: angstrom. dtype: of the charges.
+    """
+    _, second, third = ewald_extent(lengths, sigma, dtype)
+    gib = n_atoms * 2 * (2 * second + 1) * (2 * third + 1) * dtype.itemsize / 2**30
     if gib > EWALD_MEMORY:
         raise ValueError(
-            f"longRangeMethod: 'ewald' would take {gib:.0f} GiB for {charges.numel()} atoms in this box; expected "
+            f"longRangeMethod: 'ewald' would take {gib:.0f} GiB for {n_atoms} atoms in this box; expected "
             "'pme', whose cost grows in proportion to the number of atoms"
         )
 

@@ -116,7 +116,7 @@ class Evaluator:
             raise ValueError(f"potential: expected shape {(self._batch.n_atoms,)}, got {tuple(phi.shape)}")
         batch = self.pairs.update(exact, box)
         self._centre = self._batch.sum_by_structure(exact) / self._batch.counts[:, None]
-        centred = exact - (self._centre if self._batch.n_structures == 1 else self._centre[self._batch.segment])
+        centred = exact - self._batch.per_atom(self._centre)
         return batch.at(centred.to(dtype), None if box is None else box.to(dtype), phi)
 
     @property

@@ -6,9 +6,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from openmm_mlff.data.model_file import cache_dir
@@ -18,11 +20,37 @@ FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-std=c++17", "-shared", "-fPIC"),
 )
+#: programs that are written before a compiler and start it
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 
-def compiler() -> str | None:
-    """The C++ compiler, or None."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+def compiler() -> tuple[str, ...] | None:
+    """The C++ compiler as the words of a command, or None.
+
+    It is what ``CXX`` says, launcher and options included (``ccache g++ -m64``), g++ without ``CXX``, and clang++ where
+    that is not installed.
+    """
+    for command in (os.environ.get("CXX") or "g++", "clang++"):
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            continue
+        n = _program_at(words)
+        programs = [shutil.which(word) for word in words[: n + 1]]
+        if len(programs) == n + 1 and None not in programs:
+            return (*[p for p in programs if p is not None], *words[n + 1 :])
+    return None
+
+
+def compiler_program() -> str | None:
+    """The path of the compiler itself, for those who take no launcher and no options; or None."""
+    command = compiler()
+    return None if command is None else command[_program_at(command)]
+
+
+def _program_at(words: Sequence[str]) -> int:
+    """Which word of a command is the compiler."""
+    return next((k for k, word in enumerate(words) if os.path.basename(word) not in LAUNCHERS), len(words))
 
 
 @functools.cache
@@ -32,8 +60,8 @@ def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     if found is None:
         raise RuntimeError("compile: no C++ compiler found (g++ or clang++)")
     # -march=native: what the compiler makes of it belongs to the key
-    native = subprocess.run([found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
-    about = source.read_bytes() + native + " ".join([found, *flags]).encode()
+    native = subprocess.run([*found, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
+    about = source.read_bytes() + native + " ".join([*found, *flags]).encode()
     folder = cache_dir().parent / "compiled"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(about).hexdigest()}.so"
@@ -42,13 +70,13 @@ def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
             target = os.path.join(temporary, "library.so")
             run = subprocess.run(
-                [found, *flags, str(source), "-o", target],
+                [*found, *flags, str(source), "-o", target],
                 capture_output=True,
                 text=True,
                 encoding="utf-8",
                 errors="replace",
             )
             if run.returncode:
-                raise RuntimeError(f"compile: {found} failed: {run.stderr.strip()}")
+                raise RuntimeError(f"compile: {' '.join(found)} failed: {run.stderr.strip()}")
             os.replace(target, path)
     return ctypes.CDLL(str(path))

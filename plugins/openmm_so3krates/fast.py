@@ -188,7 +188,7 @@ class NativeEvaluator(Evaluator):
             # a mesh has an origin: atoms are moved to the same centre as in the torch form
             centre = batch.sum_by_structure(exact) / batch.counts[:, None]
             box = None if cell is None else torch.from_numpy(cell).to(dtype)
-            moved = batch.at((r - centre[batch.segment]).to(dtype), box)
+            moved = batch.at((r - batch.per_atom(centre)).to(dtype), box)
             energy = self.so3krates.lattice_energy(moved, q.to(dtype))
             by_charge, by_position = torch.autograd.grad(energy.sum(), [q, r])
         return energy.detach().double().numpy(), by_charge.numpy(), -by_position.numpy()

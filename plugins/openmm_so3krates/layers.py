@@ -252,10 +252,10 @@ class ElectronicEmbedding(nn.Module):
 
     def forward(self, psi: Tensor, batch: Batch) -> Tensor:
         """psi ``(n_structures,)`` -> ``(N, F)``."""
-        row = (psi < 0).to(torch.int64)[batch.segment]  # (N,)
+        row = batch.per_atom((psi < 0).to(torch.int64))  # (N,)
         q = self.queries[batch.numbers]
         y = softplus((q * self.keys[row]).sum(-1) / math.sqrt(q.shape[-1]))
-        share = psi[batch.segment] * y / batch.sum_by_structure(y)[batch.segment]
+        share = batch.per_atom(psi) * y / batch.per_atom(batch.sum_by_structure(y))
         e = share[:, None] * self.values[row]
         return e + self.residual_of(e)
 

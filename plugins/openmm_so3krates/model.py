@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from openmm_mlff.data.structures import Batch, Structure, collate
+from openmm_mlff.potentials.electrostatics import refuse_large_ewald, smeared_lattice_energy
 from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.potential import Potential, Prediction
 from openmm_so3krates.config import Z_MAX, SO3kratesConfig
@@ -32,7 +33,7 @@ from openmm_so3krates.layers import (
     lecun_normal_,
     spherical_harmonics,
 )
-from openmm_so3krates.terms import Dispersion, Electrostatics, NuclearRepulsion
+from openmm_so3krates.terms import COULOMB, Dispersion, Electrostatics, NuclearRepulsion
 
 
 @dataclass
@@ -118,6 +119,10 @@ class SO3krates(Potential):
                 f"numbers that training started from; expected 1, got {structure.multiplicity}"
             )
         super().check(structure)
+        if structure.cell is not None and self.long_range_method == "ewald":
+            # known here already, and at the first step nobody looks at a screen any more
+            lengths = collate([structure]).box_lengths
+            refuse_large_ewald(len(structure), lengths, self.config.electrostatic_sigma, self.dtype)
 
     def evaluator(
         self,
@@ -231,7 +236,7 @@ class SO3krates(Potential):
             return None
         q = self.charge_head(x)[:, 0] + fixed.charge_bias
         surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
-        return q + surplus[batch.segment]
+        return q + batch.per_atom(surplus)
 
     def hirshfeld_ratios(self, x: Tensor, fixed: Fixed) -> Tensor | None:
         """Volume of the atom in its molecule over that of the free atom, ``(N,)``."""
@@ -270,9 +275,6 @@ class SO3krates(Potential):
 
     def lattice_energy(self, batch: Batch, charges: Tensor | None) -> Tensor:
         """Electrostatic energy of the charges and all their periodic images, ``(n_structures,)`` eV."""
-        from openmm_mlff.potentials.electrostatics import smeared_lattice_energy
-        from openmm_so3krates.terms import COULOMB
-
         assert charges is not None
         sigma = self.config.electrostatic_sigma
         return smeared_lattice_energy(charges, batch, sigma, self.long_range_method, COULOMB).double()

@@ -123,10 +123,10 @@ class ElectronicEmbedding(nn.Module):
             torch.stack([value.relu(), (-value).relu()], -1) if self.signed else value.abs()[:, None]
         )  # (n_structures, 2|1)
         q = self.linear_q(z)
-        k = self.linear_k(e / e.clamp(min=1))[batch.segment]
-        v = self.linear_v(e)[batch.segment]
+        k = batch.per_atom(self.linear_k(e / e.clamp(min=1)))
+        v = batch.per_atom(self.linear_v(e))
         a = softplus((q * k).sum(-1) / math.sqrt(q.shape[-1]))
-        share = a / (batch.sum_by_structure(a) + 1e-8)[batch.segment]
+        share = a / batch.per_atom(batch.sum_by_structure(a) + 1e-8)
         return self.mlp(share[:, None] * v)
 
 
@@ -144,12 +144,12 @@ class NonlinearElectronicEmbedding(nn.Module):
     def forward(self, z: Tensor, value: Tensor, batch: Batch) -> Tensor:
         e = value[:, None]
         q = self.linear_q(z)
-        k = self.mlp_k(self.featurize_k(e))[batch.segment]
-        v = self.mlp_v(self.featurize_v(e))[batch.segment]
+        k = batch.per_atom(self.mlp_k(self.featurize_k(e)))
+        v = batch.per_atom(self.mlp_v(self.featurize_v(e)))
         dot = (q * k).sum(-1)
-        largest = batch.to_dense(dot, fill=-math.inf).amax(1)[batch.segment]
+        largest = batch.per_atom(batch.to_dense(dot, fill=-math.inf).amax(1))
         a = torch.exp((dot - largest) / math.sqrt(q.shape[-1]))
-        share = a / (batch.sum_by_structure(a) + 1e-8)[batch.segment]
+        share = a / batch.per_atom(batch.sum_by_structure(a) + 1e-8)
         return share[:, None] * v
 
 
@@ -172,7 +172,7 @@ class LinearAttention(nn.Module):
         query_log, key_log = self._log_features(q), self._log_features(k)  # (n_atoms, m) each, and their offsets
         query_max = query_log[0].amax(-1, keepdim=True)
         lowest = torch.finfo(k.dtype).min
-        key_max = first_maximum(batch.to_dense(key_log[0], fill=lowest).flatten(1))[batch.segment]
+        key_max = batch.per_atom(first_maximum(batch.to_dense(key_log[0], fill=lowest).flatten(1)))
         phi_q = self._features(query_log, query_max)
         phi_k = self._features(key_log, key_max)
         keys, values, queries = batch.to_dense(phi_k), batch.to_dense(v), batch.to_dense(phi_q)

@@ -201,7 +201,7 @@ class SpookyNet(Potential):
         e, q = (linear(f.double(), self.output.weight.double()) + fixed["bias"]).unbind(-1)
         q = q.to(f.dtype)
         surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
-        charges = q + surplus[batch.segment]
+        charges = q + batch.per_atom(surplus)
         terms = {"network": batch.sum_by_structure(e)}
         if self.repulsion is not None:
             z = batch.numbers.double()

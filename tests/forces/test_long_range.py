@@ -107,6 +107,15 @@ def test_methods_differ_and_agree_where_they_should() -> None:
     assert np.abs(f1 - f2).max() < 1e-2
 
 
+def test_a_box_too_large_for_ewald_is_refused_at_once(potential: MLPotential) -> None:
+    """Before there is a System: a box of a micrometre has 10^8 phases per atom."""
+    topology, _ = waters(3, 1000.0 * TRICLINIC)
+    with pytest.raises(ValueError, match=r"longRangeMethod: 'ewald' would take .* GiB for 9 atoms .* expected 'pme'"):
+        potential.createSystem(topology, longRangeCutoff=0.6, longRangeMethod="ewald")
+    for box, method in ((topology, "pme"), (topology, "shifted"), (waters(3)[0], "ewald")):
+        potential.createSystem(box, longRangeCutoff=0.6, longRangeMethod=method)
+
+
 def test_options_that_older_versions_stored() -> None:
     """What has the default is stored, and so compared and counted, as before."""
     old = (
