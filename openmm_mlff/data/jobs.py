@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from openmm_mlff.data.files import write_atomically
-from openmm_mlff.data.reference import limit_threads
 
 #: ``worker(argument, path)`` writes the file of one task under a temporary name and moves it; it returns the errors
 #: (by name) of parts that it had to leave out. A top-level function, because it travels to other processes.
@@ -118,7 +118,7 @@ def run_tasks(
             with log.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
-    with _Bar(title, len(tasks), len(outcome.kept), progress) as bar:
+    with ProgressBar(title, len(tasks), len(outcome.kept), progress) as bar:
         if processes == 1:
             for name in missing:
                 finish(name, _guarded(worker, tasks[name], paths[name]))
@@ -137,7 +137,7 @@ def _run_in_pool(
     finish: Callable[[str, tuple[dict[str, str], str | None]], None],
     advance: Callable[[], None],
 ) -> None:
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=prepare_worker)
     waiting = list(reversed(missing))
     others = set(multiprocessing.active_children())
     running: dict[Future[tuple[dict[str, str], str | None]], str] = {}
@@ -146,7 +146,7 @@ def _run_in_pool(
             # few at a time, so that an interrupt does not wait for a long queue
             while waiting and len(running) < 2 * processes:
                 name = waiting.pop()
-                with _interrupts_held():
+                with interrupts_held():
                     future = pool.submit(_guarded, worker, tasks[name], paths[name])
                 running[future] = name
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -169,7 +169,7 @@ def _run_in_pool(
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the block is over; processes started in it never see Ctrl-C, not even while they import."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -181,13 +181,19 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker() -> None:
+def limit_threads(threads: int = 1) -> None:
+    """Let the programs that this process loads later use `threads` threads (tblite reads OMP_NUM_THREADS once)."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+
+
+def prepare_worker() -> None:
     """One thread; Ctrl-C is the parent's business."""
     limit_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Bar:
+class ProgressBar:
     """rich progress bar with the number of failures; silent if not wanted."""
 
     def __init__(self, title: str, total: int, done: int, show: bool) -> None:
@@ -204,7 +210,7 @@ class _Bar:
         )
         self._task = self._progress.add_task(title, total=total, completed=done, failed="")
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 

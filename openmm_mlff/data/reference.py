@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -365,9 +364,3 @@ def method_from_table(table: Mapping[str, Any]) -> ReferenceMethod:
         if key not in known:
             raise ValueError(f"method: {kind.__name__} has no setting {key!r}; {near(key, known)}")
     return kind(**table)
-
-
-def limit_threads(threads: int = 1) -> None:
-    """Let the programs that this process loads later use `threads` threads (tblite reads OMP_NUM_THREADS once)."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)

@@ -1,0 +1,173 @@
+"""tasks -> results, one by one as they come: in this process, in processes of this machine, or on a Dask cluster.
+
+The results come back to the caller, who keeps them, so that the machines of a cluster need no common disk and what has
+come back is safe. A worker that dies takes only its running task along, which runs again elsewhere.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from openmm_mlff.data.jobs import ProgressBar, interrupts_held, prepare_worker
+
+#: seconds to wait for the scheduler of a cluster.
+PATIENCE = 20.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a task raised: the last line, and the whole traceback of the process where it ran."""
+
+    error: str
+    trace: str
+
+
+def run_campaign(
+    tasks: Mapping[str, Any],
+    work: Callable[[Any], Any],
+    keep: Callable[[str, Any], None],
+    *,
+    processes: int = 1,
+    scheduler: str | None = None,
+    progress: bool = True,
+    title: str = "tasks",
+) -> dict[str, Failed]:
+    """Call ``keep(name, work(argument))`` for every task, in the order in which they end.
+
+    Args:
+        tasks: argument by name; arguments and results travel to other processes.
+        work: a top-level function. keep: runs here.
+        processes: on this machine, one thread each; 1 works in this process.
+        scheduler: address of a Dask scheduler, such as ``tcp://host:8786``, whose workers then do the work; they need
+            this package.
+        progress: draw a progress bar.
+
+    Returns the tasks that failed. Raises `ValueError` for an impossible `processes` or address, `ImportError` without
+    dask (extra ``cluster``), `OSError` if the scheduler does not answer; what `keep` raises is passed on. After an
+    interrupt no result that was kept is lost.
+    """
+    if processes < 1:
+        raise ValueError(f"processes: expected at least 1, got {processes}")
+    failed: dict[str, Failed] = {}
+    with ProgressBar(title, len(tasks), 0, progress) as bar:
+
+        def finish(name: str, result: Any) -> None:
+            if isinstance(result, Failed):
+                failed[name] = result
+            else:
+                keep(name, result)
+            bar.advance(len(failed))
+
+        if scheduler is not None:
+            with _dask_executor(scheduler) as executor:
+                _collect(executor, tasks, work, finish, at_once=len(tasks))
+        elif processes == 1:
+            for name, argument in tasks.items():
+                finish(name, _guarded(work, argument))
+        else:
+            _run_in_pools(tasks, work, finish, processes)
+    return failed
+
+
+def _guarded(work: Callable[[Any], Any], argument: Any) -> Any:
+    """The result, or what it raised: exceptions of other packages do not always survive the way between processes."""
+    try:
+        return work(argument)
+    except Exception as error:
+        lines = traceback.format_exception_only(error)
+        return Failed(lines[-1].strip(), traceback.format_exc())
+
+
+def _run_in_pools(
+    tasks: Mapping[str, Any], work: Callable[[Any], Any], finish: Callable[[str, Any], None], processes: int
+) -> None:
+    """A pool that breaks is replaced; what ran in it runs again, one by one, because one of them may be the cause."""
+    left = dict(tasks)
+
+    def done(name: str, result: Any) -> None:
+        left.pop(name)
+        finish(name, result)
+
+    while left:
+        with _local_pool(processes) as pool:
+            lost = _collect(pool, left.copy(), work, done, at_once=processes)
+        for name in lost:
+            with _local_pool(1) as pool:
+                again = _collect(pool, {name: tasks[name]}, work, done, at_once=1)
+            if again:
+                done(name, Failed("its worker process died, twice (out of memory, or a crash)", ""))
+
+
+def _collect(
+    executor: Executor,
+    tasks: Mapping[str, Any],
+    work: Callable[[Any], Any],
+    finish: Callable[[str, Any], None],
+    at_once: int,
+) -> list[str]:
+    """Submit tasks, `at_once` at a time, and hand over what they return; the names that were lost with a local pool."""
+    waiting = list(tasks)[::-1]
+    running: dict[Future[Any], str] = {}
+    lost: list[str] = []
+    while (waiting and not lost) or running:
+        while waiting and not lost and len(running) < at_once:
+            name = waiting.pop()
+            try:
+                with interrupts_held():
+                    running[executor.submit(_guarded, work, tasks[name])] = name
+            except BrokenProcessPool:
+                lost.append(name)
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            name = running.pop(future)
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                lost.append(name)
+                continue
+            except Exception as error:
+                # of the cluster itself: Dask gives a task up when several of its workers died
+                result = Failed(f"{type(error).__name__}: {error}", "")
+            finish(name, result)
+    return lost
+
+
+@contextmanager
+def _local_pool(processes: int) -> Iterator[Executor]:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=prepare_worker)
+    try:
+        yield pool
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    """The cluster as an executor; tasks that are left when the block ends are cancelled."""
+    if "://" not in address:
+        raise ValueError(f"scheduler: expected an address such as tcp://host:8786, got {address!r}")
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError(
+            f"a cluster needs the package dask.distributed ({error}); install it with: "
+            "pip install 'openmm-mlff[cluster]'"
+        ) from error
+    with Client(address, timeout=PATIENCE, set_as_default=False) as client:
+        executor = client.get_executor(pure=False)
+        try:
+            yield executor
+        finally:
+            executor.shutdown(wait=False)
