@@ -168,7 +168,7 @@ def translate(arrays: Mapping[str, np.ndarray], config: NequIPConfig, rows: list
             out[f"{ours}.radial.weights.{k}"] = weight
     source.finish()
     dtype = np.result_type(*out.values())
-    return {name: torch.from_numpy(np.ascontiguousarray(x, dtype=dtype)) for name, x in out.items()}
+    return {name: torch.from_numpy(np.array(x, dtype=dtype, order="C")) for name, x in out.items()}
 
 
 class _Source:

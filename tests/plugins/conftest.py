@@ -39,6 +39,12 @@ def so3krates_plain() -> ModuleType:
     return _beside("so3krates_plain")
 
 
+@pytest.fixture(scope="session")
+def nequip_plain() -> ModuleType:
+    """``nequip_plain``: the second NequIP, and published files with random weights."""
+    return _beside("nequip_plain")
+
+
 def _beside(name: str) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
