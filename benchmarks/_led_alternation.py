@@ -207,76 +207,62 @@ class Explicit:
     seed: int
 
 
-class Shell:
-    """Distances of water to the solute.
+class Shell(LEDReporter):
+    """Distances of water to the solute in every frame of MD.
 
     Args:
         topology: of the box; water is what is not in `solute`.
+
+    Attributes:
+        seen: number of the frame, the shortest distance of an oxygen from a heavy atom of the solute, nm, and how many
+            are within `SHELL`.
     """
+
+    name = "shell"
+    needs_particles = True
 
     def __init__(self, topology: app.Topology, solute: Sequence[int]) -> None:
         inside = set(solute)
         atoms = list(topology.atoms())
         self._solute = np.array([a.index for a in atoms if a.index in inside and a.element.symbol != "H"])
         self._oxygens = np.array([a.index for a in atoms if a.index not in inside and a.element.symbol == "O"])
+        self.seen: list[tuple[int, float, int]] = []
 
-    def __call__(self, state: openmm.State) -> tuple[float, int]:
-        """The shortest distance of an oxygen from a heavy atom of the solute, nm, and how many are within `SHELL`."""
-        positions = state.getPositions(asNumpy=True)._value
-        edges = np.diag(state.getPeriodicBoxVectors(asNumpy=True)._value)
-        apart = positions[self._oxygens, None] - positions[self._solute]
-        apart -= edges * np.round(apart / edges)
-        nearest = np.linalg.norm(apart, axis=-1).min(axis=1)
-        return float(nearest.min()), int((nearest < SHELL).sum())
+    def frames(self, simulation: LEDSimulation, frames: Frames) -> None:
+        if frames.particles is None or frames.boxes is None:
+            return
+        for number, positions, box in zip(frames.numbers[0], frames.particles[0], frames.boxes[0], strict=True):
+            edges = np.diag(box)
+            apart = positions[self._oxygens, None] - positions[self._solute]
+            apart -= edges * np.round(apart / edges)
+            nearest = np.linalg.norm(apart, axis=-1).min(axis=1)
+            self.seen.append((int(number), float(nearest.min()), int((nearest < SHELL).sum())))
 
 
 def run_explicit(task: Explicit, path: Path) -> dict[str, str]:
-    """Worker of `run_tasks`: one frame of MD at a time, so that the water around every one can be looked at."""
+    """Worker of `run_tasks`."""
     system, topology, _ = explicit_alanine()
     state = load_state(task.start.read_text(encoding="utf-8"))
     positions, box = (f(asNumpy=True)._value for f in (state.getPositions, state.getPeriodicBoxVectors))
-    macro = task.rho * MICRO_FRAMES
     simulation = LEDSimulation(
-        system, topology, task.model, temperature=TEMPERATURE, friction=FRICTION, timestep=TIMESTEP, macro_steps=macro,
-        micro_steps=MICRO_FRAMES, warmup=WARM_UP, solute=solute_atoms(topology).tolist(), platform="CPU",
-        seed=task.seed, failure=path.with_suffix(".failure"),
+        system, topology, task.model, temperature=TEMPERATURE, friction=FRICTION, timestep=TIMESTEP,
+        macro_steps=task.rho * MICRO_FRAMES, micro_steps=MICRO_FRAMES, warmup=WARM_UP,
+        solute=solute_atoms(topology).tolist(), platform="CPU", seed=task.seed, failure=path.with_suffix(".failure"),
     )  # fmt: skip
     simulation.setPositions(positions, box)
     recorder, shell = Recorder(), Shell(topology, simulation.solute.tolist())
-    simulation.reporters.append(recorder)
+    simulation.reporters += [recorder, shell]
     alone = PlainMD(system, positions, box, task.seed).seconds(TIMED_IN_WATER)
-    water: list[tuple[int, float, int]] = []
-    begin = time.process_time()
-    after_warm_up = begin
-    while simulation.statistics.rounds < task.rounds:
-        latent = _latent_left(recorder, macro)
-        simulation.step(min(latent, MICRO_FRAMES) if latent else 1, progress=False)
-        if recorder.parts[-1].phase != MACRO:
-            seen = simulation.context.getState(positions=True)
-            water.append((int(simulation.frames[0]), *shell(seen)))
-        if simulation.frames[0] == WARM_UP:
-            after_warm_up = time.process_time()
+    simulation.step(WARM_UP, progress=False)
+    after_warm_up = time.process_time()
+    simulation.run_rounds(task.rounds, progress=False)
     frames = int(simulation.frames[0]) - WARM_UP
     facts: dict[str, Any] = {"settings": {**asdict(task), "model": task.model.name, "start": task.start.name}}
-    facts |= {"water": water, "cpu_s": {
+    facts |= {"water": shell.seen, "cpu_s": {
         "md_per_frame": [alone], "alternating_per_frame": [(time.process_time() - after_warm_up) / frames]
     }}  # fmt: skip
     recorder.run(simulation, task.seed, facts).save(path)
     return {}
-
-
-def _latent_left(recorder: Recorder, macro: int) -> int:
-    """Latent frames until the next return on schedule; 0 while MD is under way or next."""
-    done = dict.fromkeys(PHASES, 0)
-    for part in reversed(recorder.parts):
-        if part.phase != recorder.parts[-1].phase:
-            break
-        done[part.phase] += part.numbers.shape[1]
-    whole = {WARMUP: WARM_UP, MICRO: MICRO_FRAMES}
-    for phase, length in whole.items():
-        if done[phase]:
-            return macro if done[phase] >= length else 0
-    return macro - done[MACRO] if recorder.parts else 0
 
 
 def joined(runs: Sequence[Run]) -> Run:

@@ -42,6 +42,24 @@ class Walker:
     box: np.ndarray
 
 
+@dataclass
+class Stretch:
+    """Frames of molecular dynamics of one walker.
+
+    Attributes:
+        positions: of the solute, ``(frames, n_solute, 3)`` nm. energies: potential ones, ``(frames,)`` kJ/mol.
+        walker: at the end of the last frame.
+        particles, boxes: all particles, ``(frames, n_particles, 3)`` nm, and box vectors, ``(frames, 3, 3)`` nm; None
+            if nobody asked for them.
+    """
+
+    positions: np.ndarray
+    energies: np.ndarray
+    walker: Walker
+    particles: np.ndarray | None
+    boxes: np.ndarray | None
+
+
 class MolecularDynamics:
     """Runs walkers for whole frames.
 
@@ -87,33 +105,35 @@ class MolecularDynamics:
         self._periodic = system.usesPeriodicBoundaryConditions()
 
     def run(
-        self, walker: Walker, frames: int, seed: int, temperature: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray, Walker]:
-        """Run a walker.
+        self, walker: Walker, frames: int, seed: int, temperature: float | None = None, everything: bool = False
+    ) -> Stretch:
+        """Run a walker; a frame is what there is at the end of an interval.
 
         Args:
             seed: of the stretch. temperature: K, at which new velocities are drawn first; None keeps the walker's.
-
-        Returns:
-            Positions of the solute ``(frames, n_solute, 3)`` nm and potential energies ``(frames,)`` kJ/mol at the end
-            of every interval, and the walker at the end of the last.
+            everything: keep the positions of all particles too.
 
         Raises `guards.RunFailed` if coordinates or energies are no longer numbers; the state is saved first.
         """
         self._enter(walker, seed, temperature)
         positions = np.empty((frames, len(self._solute), 3))
         energies = np.empty(frames)
+        particles = np.empty((frames, self._system.getNumParticles(), 3)) if everything else None
+        boxes = np.empty((frames, 3, 3)) if everything else None
         for k in range(frames):
             try:
                 self._integrator.step(self.steps)
                 state = self.context.getState(positions=True, energy=True)
             except openmm.OpenMMException as error:
                 raise self._failed(k, error) from error
-            positions[k] = state.getPositions(asNumpy=True)._value[self._solute]
+            here = state.getPositions(asNumpy=True)._value
+            positions[k] = here[self._solute]
+            if particles is not None and boxes is not None:
+                particles[k], boxes[k] = here, state.getPeriodicBoxVectors(asNumpy=True)._value
             energies[k] = state.getPotentialEnergy()._value
             if not (np.isfinite(positions[k]).all() and np.isfinite(energies[k])):
                 raise self._failed(k, "positions or energy are not numbers")
-        return positions, energies, self.walker()
+        return Stretch(positions, energies, self.walker(), particles, boxes)
 
     def minimize(self, walker: Walker, tolerance: float, max_iterations: int) -> Walker:
         """The walker at a minimum of the energy; force tolerance in kJ/mol/nm."""

@@ -25,6 +25,8 @@ class Frames:
         doubt: of the model, ``(n, k)``; NaN where it was not looked at.
         positions: of the solute in molecular dynamics, ``(n, k, n_solute, 3)`` nm; None for latent steps.
         energies: potential energies in molecular dynamics, ``(n, k)`` kJ/mol; None for latent steps.
+        particles, boxes: all particles in molecular dynamics, ``(n, k, n_particles, 3)`` nm, and the box vectors,
+            ``(n, k, 3, 3)`` nm, where a reporter asks for them (`LEDReporter.needs_particles`); else None.
     """
 
     phase: str
@@ -34,6 +36,8 @@ class Frames:
     doubt: np.ndarray
     positions: np.ndarray | None = None
     energies: np.ndarray | None = None
+    particles: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ class LEDReporter(abc.ABC):
 
     Attributes:
         name: by which a checkpoint knows the reporter; no two of one simulation may have the same.
+        needs_particles: whether it wants the solvent of every frame of molecular dynamics too (`Frames.particles`).
     """
 
     name: str
+    needs_particles: bool = False
 
     def open(self, simulation: LEDSimulation, saved: dict[str, Any] | None) -> None:  # noqa: B027 (may stay empty)
         """Called before anything else; `saved` is what `state` returned when a checkpoint was written."""

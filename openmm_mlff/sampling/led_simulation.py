@@ -296,22 +296,22 @@ class LEDSimulation:
         # returns bring velocities with them, and one that stayed or fell back has those of its last MD
         new = phase == WARMUP and at.since[k] == 0
         seed = seed_for(self._seed, f"dynamics of walker {k}", int(at.frame[k]))
+        everything = any(reporter.needs_particles for reporter in self.reporters)
         with stats.timed("md"):
-            ran = self._dynamics.run(at.walkers[k], n, seed, self.temperature if new else None)
-        positions, energies, walker = ran
+            ran = self._dynamics.run(at.walkers[k], n, seed, self.temperature if new else None, everything)
         with stats.timed("encode"):
-            z = np.asarray(self.model.encode(positions), dtype=np.float64)
+            z = np.asarray(self.model.encode(ran.positions), dtype=np.float64)
         me = np.array([k])
         self._check_latent(me, z[None], at.random.bit_generator.state)
         with guards.interrupts_held():
-            at.walkers[k], at.since[k] = walker, -1
-            at.highest = max(at.highest, float(energies.max()))
+            at.walkers[k], at.since[k] = ran.walker, -1
+            at.highest = max(at.highest, float(ran.energies.max()))
             at.history[k].append(z)
             numbers = at.made(me, n)
             stats.warmup_frames += n if phase == WARMUP else 0
             stats.md_frames += n if phase == MICRO else 0
-            unknown = np.full((1, n), np.nan)
-            self._report(Frames(phase, me, numbers, z[None], unknown, positions[None], energies[None]))
+            seen = [None if x is None else x[None] for x in (ran.positions, ran.energies, ran.particles, ran.boxes)]
+            self._report(Frames(phase, me, numbers, z[None], np.full((1, n), np.nan), *seen))
             if at.left[k] == 0:
                 self._leave(k)
 

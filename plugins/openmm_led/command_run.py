@@ -174,7 +174,7 @@ def make_runner(plan: RunPlan, model: Propagator, molecule: Molecule, output: Pa
             if len(read.frames[0]) > 1 and abs(read.interval / model.interval - 1.0) > 1e-3:
                 raise ValueError(f"--start: expected frames {model.interval:g} ps apart, got {read.interval:g} ps")
             history = read.frames[0]
-        return LatentRun(model, molecule.solute, history, plan.walkers, plan.seed)
+        return LatentRun(model, molecule.solute, history, plan.walkers, plan.seed, output / "failure")
     temperature = plan.temperature or model.temperature
     if temperature is None:
         raise ValueError("--temperature: expected a temperature in K, because the model does not tell its own")

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from openmm import app
 
-from openmm_mlff.sampling import led_checkpoint
+from openmm_mlff.sampling import guards, led_checkpoint
 from openmm_mlff.sampling.led_records import MACRO, Frames
 from openmm_mlff.sampling.led_reporters import LEDReporter
 from openmm_mlff.sampling.led_simulation import WATCH_EVERY, LEDSimulation
@@ -21,6 +21,7 @@ class LatentRun:
     Args:
         model: of the molecule. topology: of the same. history: positions ``(n_frames, n_atoms, 3)`` nm, one interval
             apart, that all walkers remember; the last ones are their start. n_walkers, seed: of the run.
+        failure: folder for the state of a run that failed.
 
     Attributes:
         frame: that all walkers have made. doubtful: looks at walkers, every `WATCH_EVERY` frames, that found the model
@@ -30,7 +31,13 @@ class LatentRun:
     """
 
     def __init__(
-        self, model: Propagator, topology: app.Topology, history: np.ndarray, n_walkers: int = 1, seed: int = 0
+        self,
+        model: Propagator,
+        topology: app.Topology,
+        history: np.ndarray,
+        n_walkers: int = 1,
+        seed: int = 0,
+        failure: str | Path = "failure",
     ) -> None:
         if n_walkers < 1:
             raise ValueError(f"n_walkers: expected at least 1, got {n_walkers}")
@@ -44,18 +51,25 @@ class LatentRun:
         self.state: LatentState = model.start(np.tile(z[None], (n_walkers, 1, 1)))
         self.random = np.random.default_rng(seed)
         self.frame = self.doubtful = self.looks = 0
+        self._failure = Path(failure)
         self.reporters: list[LEDReporter] = []
         self._opened: list[LEDReporter] = []
         self._saved: dict[str, Any] = {}
 
     def step(self, n_frames: int) -> None:
-        """Make `n_frames` frames with every walker; raises `ValueError` if latent coordinates are not numbers."""
+        """Make `n_frames` frames with every walker.
+
+        Raises `guards.RunFailed` if latent coordinates are not numbers; the state before them is saved first.
+        """
         left = n_frames
         while left > 0:
             n = min(left, WATCH_EVERY)
+            drawn = self.random.bit_generator.state
             path, state = self.model.run(self.state, n, self.random)
-            if not np.isfinite(path).all():
-                raise ValueError(f"model: latent coordinates are not numbers after frame {self.frame}")
+            wrong = np.flatnonzero(~np.isfinite(path).all(axis=(1, 2)))
+            if len(wrong):
+                self.random.bit_generator.state = drawn
+                raise self._failed(wrong, path)
             self.state = state
             doubt = np.full(path.shape[:2], np.nan)
             doubt[:, -1] = self.model.doubt(state)
@@ -67,6 +81,20 @@ class LatentRun:
             left -= n
             for reporter in self._ready():
                 reporter.frames(self._as_simulation(), Frames(MACRO, walkers, numbers, path, doubt))
+
+    def _failed(self, wrong: np.ndarray, path: np.ndarray) -> guards.RunFailed:
+        """Save the state before the block in which walkers went wrong, from which the same frames are made again."""
+        self._failure.mkdir(parents=True, exist_ok=True)
+        target = self._failure / "before.checkpoint"
+        self.saveCheckpoint(target)
+        first = int(np.flatnonzero(~np.isfinite(path[wrong]).all(axis=(0, 2)))[0])
+        hurt = tuple(int(k) for k in wrong)
+        return guards.RunFailed(
+            f"latent coordinates of walker {hurt[0]} are not numbers in frame {self.frame + first + 1} ({len(hurt)} "
+            f"walkers in all; the checkpoint after frame {self.frame} is {target})",
+            self._failure,
+            hurt,
+        )
 
     def _as_simulation(self) -> LEDSimulation:
         """What reporters read (model, walkers, topology, reference, heavy atoms) is here under the same names."""

@@ -230,6 +230,38 @@ def test_doubt_returns_to_md_from_the_last_trusted_state(
     assert {r.cause for r in recorder.returns} == {"doubt"}
 
 
+class Watcher(Recorder):
+    """Sees the solvent too."""
+
+    name = "watcher"
+    needs_particles = True
+
+
+def test_a_reporter_can_see_all_particles_of_every_frame_of_md(
+    make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
+) -> None:
+    """Doubt ends blocks of latent steps anywhere; no frame of MD may pass unseen."""
+    recorder = Watcher()
+    simulation = make_led(Sinking(molecule.topology, relaxed), macro_steps=1000)
+    simulation.reporters.append(recorder)
+    for _ in range(4):
+        simulation.step(15)
+    dynamic = [f for f in recorder.all if f.phase != MACRO]
+    stats = simulation.statistics
+    assert stats.doubt_switches > 0
+    assert sum(f.numbers.size for f in dynamic) == stats.md_frames + stats.warmup_frames
+    for frames in dynamic:
+        assert frames.particles is not None and frames.boxes is not None and frames.positions is not None
+        n = frames.numbers.shape[1]
+        assert frames.particles.shape == (1, n, 22, 3) and frames.boxes.shape == (1, n, 3, 3)
+        np.testing.assert_array_equal(frames.particles[:, :, simulation.solute], frames.positions)
+    np.testing.assert_array_equal(
+        dynamic[-1].particles[0, -1], simulation.context.getState(positions=True).getPositions(asNumpy=True)._value
+    )  # type: ignore[index]
+    latent = [f for f in recorder.all if f.phase == MACRO]
+    assert latent and all(f.particles is None and f.boxes is None for f in latent)
+
+
 def test_a_model_that_doubts_everything_leaves_md_alone(
     make_led: MakeLED, molecule: Molecule, relaxed: np.ndarray
 ) -> None:
