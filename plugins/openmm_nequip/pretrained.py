@@ -87,9 +87,7 @@ def read(path: Path) -> NequIP:
         return build(config, translate(arrays, config, rows))
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:500]
-        raise ValueError(
-            f"modelPath: {path.name} does not hold the parameters of a ReSolv network ({reason})"
-        ) from error
+        raise ValueError(f"modelPath: {path.name} does not hold a network of ReSolv ({reason})") from error
 
 
 def build(config: NequIPConfig, tensors: Mapping[str, Tensor]) -> NequIP:
