@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--name", default="evaluation", help="first part of the results' names")
     parser.add_argument("--long-range-cutoff", type=float, metavar="NM", help="for periodic structures")
     parser.add_argument("--long-range-method", choices=("shifted", "ewald", "pme"), help="of their charges (shifted)")
+    parser.add_argument("--phase", help="of a model that offers several energies, such as resolv (default: its own)")
     parser.add_argument("--precision", choices=("single", "double"), help="default: that of the model file")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     keys = ("formula", "charge", "multiplicity", "group")
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     path = find_model(args.model)
     device = choose_device(args.device)
     model = load_potential(path).to(device=device)
+    if args.phase is not None:
+        model = model.in_phase(args.phase)
     if args.precision is not None:
         model = model.to(torch.float64 if args.precision == "double" else torch.float32)
     structures, sources = load_labelled(args.data, args.split)
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "split": args.split,
         "long_range_cutoff_angstrom": model.long_range_cutoff,
         "long_range_method": model.long_range_method,
+        "phase": args.phase,
         "precision": "double" if model.dtype == torch.float64 else "single",
         "device": device.type,
         "seed": args.seed,

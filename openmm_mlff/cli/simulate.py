@@ -55,6 +55,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--long-range-cutoff", type=float, metavar="NM", help="for periodic systems all learned")
     group.add_argument("--long-range-method", choices=("shifted", "ewald", "pme"), help="of their charges: to zero at "
                        "the cutoff, or with all images where the model can (shifted)")  # fmt: skip
+    group.add_argument("--phase", metavar="NAME", help="which energy of a model that offers several, such as water or "
+                       "vacuum of resolv (the model's own)")  # fmt: skip
 
 
 def _add_system(group: argparse._ArgumentGroup) -> None:
@@ -96,7 +98,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 #: options that are settings under the same name.
 _DIRECT = (
-    *("charge", "multiplicity", "ml_region", "embedding", "long_range_cutoff", "long_range_method"),
+    *("charge", "multiplicity", "ml_region", "embedding", "long_range_cutoff", "long_range_method", "phase"),
     *("padding", "use_box"),
     *("ensemble", "temperature", "pressure", "friction", "timestep", "minimization_steps", "report_interval"),
     *("checkpoint_interval", "seed"),

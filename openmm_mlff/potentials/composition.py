@@ -261,7 +261,7 @@ class CompositeEvaluator(Evaluator):
         """Evaluate at new positions; arguments as in the base class, without external potentials (`ValueError`)."""
         self.model._refuse_field(potential)
         active = self.model.active()
-        self.pairs.before(active, positions, cell)
+        self.pairs.before(active)
         energy, forces = None, None
         for name, w in active.items():
             result = self.evaluators[name](positions, cell)
@@ -275,7 +275,7 @@ class CompositeEvaluator(Evaluator):
     def arrays(self, positions: np.ndarray, cell: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Energies ``(n_structures,)`` eV and forces ``(n_atoms, 3)`` eV/angstrom, float64."""
         active = self.model.active()
-        self.pairs.before(active, positions, cell)
+        self.pairs.before(active)
         total: tuple[np.ndarray, np.ndarray] | None = None
         for name, w in active.items():
             energies, forces = self.evaluators[name].arrays(positions, cell)
@@ -330,26 +330,27 @@ class CompositePairs(VerletPairs):
         for pairs in self._lists():
             pairs.restore(reference, cell)
 
-    def before(self, active: Mapping[str, float], positions: Tensor | np.ndarray, cell: Any) -> None:
-        """Give members that come into use the reference of the others: the present positions."""
+    def before(self, active: Mapping[str, float]) -> None:
+        """Give members that come into use the reference of those that were in use before."""
         names = tuple(active)
         if names != self._used:
+            reference, cell = self.reference, self.reference_cell
             self._used = names
-            self._align(positions, cell)
+            if reference is not None:
+                self._align(reference, cell)
 
     def after(self, active: Mapping[str, float], positions: Tensor | np.ndarray, cell: Any) -> None:
         """If some members have rebuilt their lists at these positions, so do the others."""
-        if len(active) > 1:
-            self._align(positions, cell)
-
-    def _align(self, positions: Tensor | np.ndarray, cell: Any) -> None:
         lists = self._lists(self._used)
-        if len(lists) < 2 or all(_same(lists[0].reference, p.reference) for p in lists[1:]):
-            return
-        exact = torch.as_tensor(positions, dtype=torch.float64, device=self._device)
-        box = None if cell is None else torch.as_tensor(cell, dtype=torch.float64, device=self._device)
-        for pairs in lists:
-            pairs.restore(exact, box[None] if box is not None and box.dim() == 2 else box)
+        if len(active) > 1 and any(not _same(lists[0].reference, p.reference) for p in lists[1:]):
+            exact = torch.as_tensor(positions, dtype=torch.float64, device=self._device)
+            box = None if cell is None else torch.as_tensor(cell, dtype=torch.float64, device=self._device)
+            self._align(exact, box[None] if box is not None and box.dim() == 2 else box)
+
+    def _align(self, reference: Tensor, cell: Tensor | None) -> None:
+        for pairs in self._lists(self._used):
+            if not _same(pairs.reference, reference):
+                pairs.restore(reference, cell)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -33,6 +33,7 @@ class RunSettings:
         use_box: whether the box of the file (CRYST1) counts.
         long_range_cutoff: nm, for fully machine-learned periodic systems. long_range_method: of their charges:
             shifted, ewald or pme; None takes the model's own.
+        phase: which energy of a model that offers several, such as water or vacuum of resolv; None takes its own.
         ensemble: nve, nvt or npt. temperature: K. pressure: bar. friction: 1/ps.
         timestep: fs. steps: of production. equilibration_steps: before it, with a thermostat, not recorded.
         minimization_steps: largest number of iterations; 0 leaves the start as it is.
@@ -60,6 +61,7 @@ class RunSettings:
     use_box: bool = True
     long_range_cutoff: float | None = None
     long_range_method: str | None = None
+    phase: str | None = None
     ensemble: str = "nvt"
     temperature: float = 300.0
     pressure: float = 1.0

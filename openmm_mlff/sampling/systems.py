@@ -191,6 +191,8 @@ def _model_options(settings: RunSettings) -> dict[str, Any]:
         options["longRangeCutoff"] = settings.long_range_cutoff
     if settings.long_range_method is not None:
         options["longRangeMethod"] = settings.long_range_method
+    if settings.phase is not None:
+        options["phase"] = settings.phase
     return options
 
 

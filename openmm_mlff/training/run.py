@@ -25,6 +25,7 @@ from openmm_mlff._plugins import near
 from openmm_mlff.analysis.plots import plot_history
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.model_file import load_card, sha256_of
+from openmm_mlff.potentials.composition import Composite
 from openmm_mlff.potentials.family import find_family, load_potential, save_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training import loop
@@ -151,6 +152,8 @@ def _resumed(recipe: Recipe | None, output: Path, start: str | Path | None) -> t
 
 def _new_model(recipe: Recipe, data: TrainingData) -> Potential:
     family = find_family(recipe.family)
+    if issubclass(family.model, Composite):
+        raise ValueError(f"family: {family.name} models are made of others; expected the family of one of these")
     known = {f.name for f in dataclasses.fields(family.config)}
     for key in recipe.model:
         if key not in known:

@@ -10,7 +10,9 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from openmm_mlff.data.structures import Batch, Structure
+import numpy as np
+
+from openmm_mlff.data.structures import Batch, Structure, check_charge_and_multiplicity
 from openmm_mlff.potentials.composition import Interpolated
 from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.potential import Potential
@@ -79,6 +81,11 @@ class ResolvPotential(Interpolated):
         if set(members) != {"vacuum", "water"}:
             raise ValueError(f"members: expected vacuum and water, got {', '.join(members) or 'none'}")
         return cls(water=members["water"], vacuum=members["vacuum"], phase=config.phase)
+
+    def check_electrons(self, numbers: Sequence[int] | np.ndarray, charge: int, multiplicity: int) -> None:
+        """Refuse a charge and multiplicity that no number of electrons can have, radicals among them."""
+        check_charge_and_multiplicity(numbers, charge, multiplicity)
+        super().check_electrons(numbers, charge, multiplicity)
 
     def check(self, structure: Structure) -> None:
         """Refuse what is not one neutral closed-shell molecule in open space, as far as its positions do not matter.
