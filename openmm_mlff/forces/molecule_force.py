@@ -9,10 +9,11 @@ molecules do not share a sum anywhere, the others' energies and forces are the s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import openmm
@@ -53,7 +54,7 @@ class MoleculesSpec:
             raise ValueError(f"sizes: expected sizes of molecules of {len(self.common.numbers)} atoms in all")
         if (len(self.charges), len(self.multiplicities)) != (n, n):
             raise ValueError(f"charges, multiplicities: expected one for each of {n} molecules")
-        if self.common.replicas != 1 or self.common.region == "periodic":
+        if self.common.replicas != 1 or self.common.region != "open":
             raise ValueError("common: expected open molecules, each of them once")
 
     @classmethod
@@ -142,18 +143,14 @@ class MoleculesComputation(ForceComputation):
 
     Attributes:
         molecules: everything that was stored. spec: its common part.
-        offsets: where each molecule begins among all atoms, ``(n + 1,)``.
         guard: what holds broken molecules; None raises for them.
         positions: where the last call evaluated, ``(n_atoms, 3)`` angstrom, as OpenMM gave them.
     """
-
-    kind: ClassVar[str] = "molecule"
 
     def __init__(self, spec: str | MoleculesSpec, potential: Potential | None = None) -> None:
         self.molecules = MoleculesSpec.from_json(spec) if isinstance(spec, str) else spec
         super().__init__(self.molecules.common)
         self.offsets = np.cumsum([0, *self.molecules.sizes])
-        self._starts = self.offsets[:-1]
         self._segment = np.repeat(np.arange(len(self.molecules.sizes)), self.molecules.sizes)
         self._potential = potential
         self._guard: MoleculeGuard | None = None
@@ -192,21 +189,20 @@ class MoleculesComputation(ForceComputation):
     @guard.setter
     def guard(self, guard: MoleculeGuard | None) -> None:
         if guard is not None:
-            guard.held = np.zeros(len(self._starts), dtype=bool)
+            guard.held = np.zeros(len(self.molecules.sizes), dtype=bool)
             self._good = np.array(guard.start)
             self._bond_molecule = self._segment[guard.bonds[:, 0]]
         self._guard = guard
 
     def describe(self, i: int) -> str:
         """An atom by its index within its molecule, e.g. ``'atom 17 (C) of molecule 3'``."""
-        molecule = int(self._segment[i])
-        return f"{self._within(i)} of molecule {molecule}"
+        return f"{self._within(i)} of molecule {self._segment[i]}"
 
     def _within(self, i: int) -> str:
-        return f"atom {i - self._starts[self._segment[i]]} ({SYMBOLS[self.spec.numbers[i]]})"
+        return f"atom {i - self.offsets[self._segment[i]]} ({SYMBOLS[self.spec.numbers[i]]})"
 
-    def _describer(self, replica: int) -> checks.Describe:
-        return lambda i: self._within(int(self._starts[replica]) + i)
+    def _within_from(self, first: int, i: int) -> str:
+        return self._within(first + i)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -239,18 +235,22 @@ class MoleculesComputation(ForceComputation):
         """Molecules, not held yet, whose positions are not numbers or whose bonds are broken, with the reason."""
         d = positions[guard.bonds[:, 0]] - positions[guard.bonds[:, 1]]
         square = np.einsum("ij,ij->i", d, d)
-        # comparisons with NaN are false, so atoms without numbers break their bonds; those without bonds are seen here
-        if (square <= guard.longest**2).all() and np.isfinite(positions).all():
+        # comparisons with NaN are false, so that NaN counts as wrong
+        torn = ~(square <= guard.longest**2)
+        lost = ~np.isfinite(positions).all(axis=1)
+        if not (torn.any() or lost.any()):
             return {}
+        torn &= ~guard.held[self._bond_molecule]
+        lost &= ~guard.held[self._segment]
         found: dict[int, str] = {}
-        for i in np.flatnonzero(~np.isfinite(positions).all(axis=1)).tolist():
+        for i in np.flatnonzero(lost).tolist():
             found.setdefault(int(self._segment[i]), f"{self._within(i)} is at {positions[i] / ANGSTROM_PER_NM} nm")
-        for b in np.flatnonzero(~(square <= guard.longest**2)).tolist():
-            i, j = guard.bonds[b]
+        for b in np.flatnonzero(torn).tolist():
+            i, j = guard.bonds[b].tolist()
             text = f"the bond between {self._within(i)} and {self._within(j)} is broken: "
             text += f"{np.sqrt(square[b]):.2f} angstrom, at most {guard.longest[b]:.2f} expected"
             found.setdefault(int(self._bond_molecule[b]), text)
-        return {k: reason for k, reason in found.items() if not guard.held[k]}
+        return found
 
     def _hold_unstable(
         self,
@@ -260,18 +260,11 @@ class MoleculesComputation(ForceComputation):
         guard: MoleculeGuard,
         state: openmm.State,
     ) -> None:
-        largest = np.maximum.reduceat(np.abs(forces).max(axis=1), self._starts)
-        for k in np.flatnonzero(~(np.isfinite(energies) & (largest <= guard.max_force)) & ~guard.held).tolist():
-            atoms = slice(self.offsets[k], self.offsets[k + 1])
-            error = checks.unstable(
-                float(energies[k]),
-                forces[atoms],
-                positions[atoms],
-                None,
-                guard.max_force,
-                self._describer(k),
-                _when(state),
-            )
+        when, limit = _when(state), guard.max_force
+        for k in np.flatnonzero(~self._calm(energies, forces, limit) & ~guard.held).tolist():
+            atoms, first = self._each()[k], int(self.offsets[k])
+            own = (float(energies[k]), forces[atoms], positions[atoms])
+            error = checks.unstable(*own, None, limit, functools.partial(self._within_from, first), when)
             self._hold(k, str(error), guard, state)
 
     def _hold(self, molecule: int, reason: str, guard: MoleculeGuard, state: openmm.State) -> None:
@@ -279,12 +272,13 @@ class MoleculesComputation(ForceComputation):
         guard.failures.append(Failure(molecule, state.getStepCount(), reason, last))
         guard.held[molecule] = True
 
+    def _structures(self, positions: np.ndarray, cell: np.ndarray | None) -> list[Structure]:
+        own = zip(self._each(), self.molecules.charges, self.molecules.multiplicities, strict=True)
+        return [Structure(self._numbers[a], positions[a], charge, multiplicity) for a, charge, multiplicity in own]
+
     def _get_evaluator(self, positions: np.ndarray, cell: np.ndarray | None) -> CopiesEvaluator:
         if self._evaluator is None:
-            spec = self.molecules
-            numbers = self._numbers
-            pieces = zip(self.offsets[:-1], self.offsets[1:], spec.charges, spec.multiplicities, strict=True)
-            structures = [Structure(numbers[a:b], positions[a:b], charge, m) for a, b, charge, m in pieces]
-            self._evaluator = CopiesEvaluator(self.model, structures, spec.common.compile, spec.common.batch, True)
+            common, structures = self.spec, self._structures(positions, cell)
+            self._evaluator = CopiesEvaluator(self.model, structures, common.compile, common.batch, isolated=True)
         assert isinstance(self._evaluator, CopiesEvaluator)
         return self._evaluator

@@ -49,6 +49,7 @@ class ForceComputation:
     Attributes:
         spec: what was stored.
         options: `spec` as JSON text.
+        offsets: where each copy begins among the atoms of the force, and where the last one ends, ``(replicas + 1,)``.
         energies: of the last call that succeeded, one per copy, ``(replicas,)`` kJ/mol; None before it.
         error: the exception of the last call, without traceback objects; None after a call that succeeded. Its notes
             hold the traceback as text.
@@ -66,6 +67,7 @@ class ForceComputation:
         self._numbers = np.array(self.spec.numbers, dtype=np.int64)
         self.energies: np.ndarray | None = None
         self._n_atoms = len(self._numbers) * self.spec.replicas
+        self.offsets = np.arange(self.spec.replicas + 1) * len(self._numbers)
         self._evaluator: Evaluator | CopiesEvaluator | None = None
         self._own_model: Potential | None = None
         self._cell: np.ndarray | None = None
@@ -90,6 +92,7 @@ class ForceComputation:
             self.last_call = time.monotonic()
             try:
                 self.error = None
+                self._couple(state)
                 return self._evaluate(state)
             except BaseException as error:
                 # OpenMM keeps only the text of an exception, so the text has to hold everything
@@ -152,7 +155,6 @@ class ForceComputation:
             if self.spec.region == "wrapped":
                 positions, cell = self._made_whole(positions, cell), None
         self._cell = cell
-        self._couple(state)
         with _threads(self._n_threads()):
             try:
                 energies, forces = self._get_evaluator(positions, cell).arrays(positions, cell)
@@ -179,32 +181,38 @@ class ForceComputation:
 
     # -- copies; the slow paths below run only when something is wrong ---------------------------------------------
 
-    def _copies(self, positions: np.ndarray) -> np.ndarray:
-        """``(n_atoms, 3)`` of all copies -> ``(replicas, n_atoms of one, 3)``."""
-        return positions.reshape(self.spec.replicas, len(self._numbers), 3)
+    def _each(self) -> list[slice]:
+        """The atoms of every copy."""
+        return [slice(a, b) for a, b in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)]
 
     def _made_whole(self, positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
         if self.spec.replicas == 1:
             return checks.make_whole(positions, cell)
-        return checks.make_whole(self._copies(positions), cell).reshape(-1, 3)
+        copies = positions.reshape(self.spec.replicas, len(self._numbers), 3)
+        return checks.make_whole(copies, cell).reshape(-1, 3)
 
     def _located(self, error: checks.InstabilityError, replica: int | None = None) -> checks.InstabilityError:
         """The error with the index of its atom among all copies, and which copy it is in."""
         if replica is not None:
-            error.atom += replica * len(self._numbers)
-        if self.spec.replicas > 1:
-            error.replica = error.atom // len(self._numbers)
+            error.atom += int(self.offsets[replica])
+        if len(self.offsets) > 2:
+            error.replica = int(np.searchsorted(self.offsets, error.atom, side="right")) - 1
         return error
 
     def _describer(self, replica: int) -> checks.Describe:
-        return lambda i: self.describe(replica * len(self._numbers) + i)
+        return lambda i: self.describe(int(self.offsets[replica]) + i)
 
     def _coincident(self, positions: np.ndarray, cell: np.ndarray | None, when: str) -> checks.InstabilityError | None:
-        for k, one in enumerate(self._copies(positions)):
-            error = checks.coincident(one, cell, self._describer(k), when)
+        for k, atoms in enumerate(self._each()):
+            error = checks.coincident(positions[atoms], cell, self._describer(k), when)
             if error is not None:
                 return self._located(error, k)
         return None
+
+    def _calm(self, energies: np.ndarray, forces: np.ndarray, limit: float) -> np.ndarray:
+        """Which copies have finite energies and forces up to a limit, ``(replicas,)`` bool."""
+        largest = np.maximum.reduceat(np.abs(forces).max(axis=1), self.offsets[:-1])
+        return np.isfinite(energies) & (largest <= limit)
 
     def _unstable(
         self,
@@ -215,18 +223,24 @@ class ForceComputation:
         limit: float,
         when: str,
     ) -> checks.InstabilityError:
-        fine = np.isfinite(energies) & (np.abs(self._copies(forces)).max(axis=(1, 2)) <= limit)
-        k = int(fine.argmin())
-        copies = self._copies(positions), self._copies(forces)
-        error = checks.unstable(float(energies[k]), copies[1][k], copies[0][k], cell, limit, self._describer(k), when)
+        k = int(self._calm(energies, forces, limit).argmin())
+        atoms = self._each()[k]
+        error = checks.unstable(
+            float(energies[k]), forces[atoms], positions[atoms], cell, limit, self._describer(k), when
+        )
         return self._located(error, k)
+
+    def _structures(self, positions: np.ndarray, cell: np.ndarray | None) -> list[Structure]:
+        """The copies at positions ``(n_atoms of all, 3)`` angstrom."""
+        spec = self.spec
+        return [
+            Structure(self._numbers, positions[atoms], spec.charge, spec.multiplicity, cell) for atoms in self._each()
+        ]
 
     def _get_evaluator(self, positions: np.ndarray, cell: np.ndarray | None) -> Evaluator | CopiesEvaluator:
         if self._evaluator is None:
             spec, model = self.spec, self.model
-            structures = [
-                Structure(self._numbers, one, spec.charge, spec.multiplicity, cell) for one in self._copies(positions)
-            ]
+            structures = self._structures(positions, cell)
             for structure in structures:
                 model.check_geometry(structure)
             if spec.replicas == 1:

@@ -21,12 +21,14 @@ from typing import Any
 import openmm
 
 from openmm_mlff.forces.embedded_force import EmbeddedComputation
+from openmm_mlff.forces.molecule_force import MoleculesComputation
 from openmm_mlff.forces.python_force import ForceComputation
 from openmm_mlff.potentials.family import find_family
 
 #: what our own forces pickle to: a call of one of these classes with one text
 OURS: dict[str, type[ForceComputation]] = {
-    f"{kind.__module__}.{kind.__qualname__}": kind for kind in (ForceComputation, EmbeddedComputation)
+    f"{kind.__module__}.{kind.__qualname__}": kind
+    for kind in (ForceComputation, EmbeddedComputation, MoleculesComputation)
 }
 MAX_DEPTH = 100
 

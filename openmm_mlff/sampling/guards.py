@@ -16,6 +16,7 @@ from openmm import app, unit
 
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import SYMBOLS
+from openmm_mlff.sampling.starts import bond_graph
 
 #: a bond counts as broken when it is longer than this many times the sum of the covalent radii ...
 BROKEN = 1.6
@@ -127,6 +128,34 @@ class Guard:
             for k in (2, 1, 0):
                 d = d - np.rint(d[..., k : k + 1] / box[k, k]) * box[k]
         return np.linalg.norm(d, axis=-1)
+
+
+def watched_bonds(
+    numbers: np.ndarray, molecules: Sequence[np.ndarray], bonds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bonds of many molecules laid end to end, and the lengths beyond which they are broken.
+
+    Args:
+        numbers: atomic numbers of all atoms, 0 for beads. molecules: positions at which they are sound, angstrom.
+        bonds: those that are known, ``(n, 2)``; in a molecule without any, atoms are bonded that are close enough.
+
+    Returns: pairs ``(n_bonds, 2)`` and their longest lengths ``(n_bonds,)`` angstrom.
+    """
+    from ase.data import covalent_radii
+
+    offsets = np.cumsum([0, *(len(m) for m in molecules)])
+    known = np.bincount(np.searchsorted(offsets, bonds[:, 0], side="right") - 1, minlength=len(molecules))
+    found = [bonds]
+    for k in np.flatnonzero(known == 0).tolist():
+        own = numbers[offsets[k] : offsets[k + 1]]
+        if (own > 0).all():
+            found.append(np.argwhere(np.triu(bond_graph(own, molecules[k]))) + offsets[k])
+    every = np.concatenate(found)
+    where = np.concatenate(molecules)
+    # a bead has no radius: its bonds are known by their lengths alone
+    natural = covalent_radii[numbers[every]].sum(axis=1) * (numbers[every] > 0).all(axis=1)
+    apart = np.linalg.norm(where[every[:, 0]] - where[every[:, 1]], axis=1)
+    return every, np.maximum(BROKEN * natural, STRETCHED * apart)
 
 
 def save_failure(folder: str | Path, context: openmm.Context, topology: app.Topology, message: str) -> Path:

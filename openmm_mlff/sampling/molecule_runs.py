@@ -25,8 +25,10 @@ from openmm_mlff.sampling.molecules import Molecules
 from openmm_mlff.sampling.reporters import ProgressBar
 from openmm_mlff.units import ANGSTROM_PER_NM, BOLTZMANN_KJ_PER_MOL, KJ_PER_MOL_PER_EV
 
-#: seconds between two looks at Ctrl-C, the progress bar and broken molecules.
+#: seconds between two looks at Ctrl-C and the progress bar.
 GLANCE = 0.25
+#: steps between two looks for broken molecules, so that it does not depend on the time when they start anew.
+LOOK = 100
 #: a molecule that has broken this often is given up.
 MOST_FAILURES = 3
 
@@ -225,8 +227,9 @@ class _Run:
         with bar:
             while step <= self.end and not self._stop:
                 # forces of a frame are those that the step after it begins with: then its energies cost nothing
-                step += self._advance(context, step, min(due, self.end) + 1)
-                self._mend(context, step)
+                step += self._advance(context, step, min(due + 1, self.end + 1, (step // LOOK + 1) * LOOK))
+                if step % LOOK == 0 or step == due + 1:
+                    self._mend(context, step)
                 if step == due + 1:
                     self._record(context)
                     due += self._interval
@@ -239,7 +242,10 @@ class _Run:
         """Some steps towards `target`, in about the time between two glances; returns how many."""
         n = min(self._chunk, target - step)
         before = time.monotonic()
-        context.getIntegrator().step(n)
+        try:
+            context.getIntegrator().step(n)
+        except openmm.OpenMMException as error:
+            raise (self.molecules.last_error or error) from None
         pace = GLANCE / max(time.monotonic() - before, 1e-6)
         self._chunk = int(np.clip(round(n * pace), 1, 2 * self._chunk + 1))
         return n

@@ -60,6 +60,20 @@ def choose_platform(n_particles: int, name: str | None = None, threads: int | No
     return PlatformChoice(name, properties, "the model's own sums on a GPU have no fixed order")
 
 
+def choose_for_many(system: openmm.System, name: str | None = None, threads: int | None = None) -> PlatformChoice:
+    """The platform asked for, or the one for many molecules that do not see one another.
+
+    Bonded forces and integration cost 0.09 us per particle and step on Reference and on one thread of CPU alike, and
+    CPU adds 60 us per step (measured for 6 beads times 16 to 512), so Reference is chosen unless a force with
+    neighbour lists wants CPU, or there is a GPU.
+    """
+    choice = choose_platform(system.getNumParticles(), name, threads)
+    lists = any(isinstance(force, openmm.CustomNonbondedForce) for force in system.getForces())
+    if name is None and threads is None and choice.name == "CPU" and not lists:
+        return choose_platform(system.getNumParticles(), "Reference")
+    return choice
+
+
 def _has_device(name: str) -> bool:
     system = openmm.System()
     system.addParticle(1.0)

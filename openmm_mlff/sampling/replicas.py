@@ -26,7 +26,7 @@ from openmm import app, unit
 from openmm_mlff.forces import running
 from openmm_mlff.forces.python_force import ForceComputation
 from openmm_mlff.sampling.bookkeeping import degrees_of_freedom
-from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
+from openmm_mlff.sampling.platforms import PlatformChoice, choose_for_many
 from openmm_mlff.sampling.replicate import replicate_topology, replicate_with_computations
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
@@ -102,17 +102,8 @@ class Replicas:
         return replicate_topology(self.topology, self.n)
 
     def platform(self, name: str | None = None, threads: int | None = None) -> PlatformChoice:
-        """The platform asked for, or the one for these copies.
-
-        Bonded forces and integration cost 0.09 us per particle and step on Reference and on one thread of CPU alike,
-        and CPU adds 60 us per step (measured for 6 beads times 16 to 512), so Reference is chosen unless a force with
-        neighbour lists wants CPU, or there is a GPU.
-        """
-        choice = choose_platform(self.system.getNumParticles(), name, threads)
-        lists = any(isinstance(force, openmm.CustomNonbondedForce) for force in self.system.getForces())
-        if name is None and threads is None and choice.name == "CPU" and not lists:
-            return choose_platform(self.system.getNumParticles(), "Reference")
-        return choice
+        """The platform asked for, or the one for these copies (see `platforms.choose_for_many`)."""
+        return choose_for_many(self.system, name, threads)
 
     def context(
         self, integrator: openmm.Integrator, platform: str | None = None, threads: int | None = None

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import openmm
@@ -98,19 +98,25 @@ def replicate_with_computations(
 
 def replicate_topology(topology: app.Topology, n: int) -> app.Topology:
     """The topology of `n` copies, one after the other, with the box of the first."""
-    copies = app.Topology()
-    for _ in range(n):
-        atoms: dict[app.topology.Atom, app.topology.Atom] = {}
-        for chain in topology.chains():
-            new_chain = copies.addChain()
-            for residue in chain.residues():
-                new = copies.addResidue(residue.name, new_chain, residue.id, residue.insertionCode)
-                for atom in residue.atoms():
-                    atoms[atom] = copies.addAtom(atom.name, atom.element, new, atom.id)
-        for bond in topology.bonds():
-            copies.addBond(atoms[bond.atom1], atoms[bond.atom2], bond.type, bond.order)
+    copies = join_topologies([topology] * n)
     copies.setPeriodicBoxVectors(topology.getPeriodicBoxVectors())
     return copies
+
+
+def join_topologies(topologies: Sequence[app.Topology]) -> app.Topology:
+    """All topologies, one after the other, without a box."""
+    joined = app.Topology()
+    for topology in topologies:
+        atoms: dict[app.topology.Atom, app.topology.Atom] = {}
+        for chain in topology.chains():
+            new_chain = joined.addChain()
+            for residue in chain.residues():
+                new = joined.addResidue(residue.name, new_chain, residue.id, residue.insertionCode)
+                for atom in residue.atoms():
+                    atoms[atom] = joined.addAtom(atom.name, atom.element, new, atom.id)
+        for bond in topology.bonds():
+            joined.addBond(atoms[bond.atom1], atoms[bond.atom2], bond.type, bond.order)
+    return joined
 
 
 def _without_forces(system: openmm.System, n: int) -> openmm.System:
