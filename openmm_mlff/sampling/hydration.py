@@ -1,0 +1,233 @@
+"""molecules, a potential in vacuum and one in water -> hydration free energies, of one molecule or hundreds.
+
+    pair = PairFiles.read(model="pair.safetensors")
+    outcomes = hydrate([solute_from_smiles("CCO")], pair, HydrationSettings(), "run")
+
+Every state (coupling) of every molecule is kept in a file of its own, ``samples/<state>/<name>.safetensors``, with its
+frames and their energies under both potentials; what is there is not simulated again. Molecules of one state are
+simulated together, in groups that are the tasks of a campaign (`data.campaigns`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openmm_mlff.analysis.free_energy import LEAST_OVERLAP, InsufficientOverlap
+from openmm_mlff.analysis.hydration import Hydration, hydration
+from openmm_mlff.data.campaigns import Failed, run_campaign
+from openmm_mlff.data.jobs import claim_folder
+from openmm_mlff.data.solutes import Solute
+from openmm_mlff.data.structures import Structure, formula
+from openmm_mlff.potentials.composition import Interpolated
+from openmm_mlff.sampling.checkpoints import seed_for
+from openmm_mlff.sampling.hydration_runs import Group, PairFiles, StateSamples, fingerprint, sample_group
+from openmm_mlff.sampling.molecule_runs import LangevinSettings, batches
+from openmm_mlff.sampling.starts import bond_graph
+
+
+@dataclass(frozen=True)
+class HydrationSettings:
+    """How hydration free energies are computed.
+
+    Attributes:
+        sampling: of every state; ``sampling.batch`` runs are simulated together.
+        windows: states from vacuum to water, both included; 2 takes Bennett's estimate, more that of MBAR.
+        precision: of the potentials in dynamics, 'single' or 'double'; None takes their own. Energies of the frames
+            are evaluated in double precision.
+        least_overlap: of neighbouring states; below it there is no result.
+
+    Raises `ValueError` naming the field.
+    """
+
+    sampling: LangevinSettings = field(
+        default_factory=lambda: LangevinSettings(equilibration=20.0, length=200.0, minimization_steps=200)
+    )
+    windows: int = 2
+    precision: str | None = None
+    least_overlap: float = LEAST_OVERLAP
+
+    def __post_init__(self) -> None:
+        if isinstance(self.windows, bool) or int(self.windows) != self.windows or self.windows < 2:
+            raise ValueError(f"windows: expected a whole number >= 2 (both ends count), got {self.windows!r}")
+        if self.precision not in (None, "single", "double"):
+            raise ValueError(f"precision: expected 'single', 'double' or None, got {self.precision!r}")
+        if not 0 <= self.least_overlap < 0.5:
+            raise ValueError(f"least_overlap: expected a number from 0 to 0.5, got {self.least_overlap!r}")
+
+    @property
+    def couplings(self) -> tuple[float, ...]:
+        """Of the states: 0 (vacuum) to 1 (water)."""
+        return tuple(round(float(c), 6) for c in np.linspace(0, 1, self.windows))
+
+
+# -- what can be hydrated ----------------------------------------------------------------------------------------
+
+
+def check_solute(structure: Structure, pair: Interpolated) -> None:
+    """Refuse (`ValueError`) what is not one neutral molecule in open space that both potentials describe."""
+    if structure.cell is not None:
+        raise ValueError("cell: expected one molecule in open space, got periodic box vectors")
+    if structure.charge:
+        raise ValueError(f"charge: expected a neutral molecule, got {structure.charge:+d}")
+    fragments = _fragments(structure)
+    if len(fragments) > 1:
+        raise ValueError(f"molecule: expected one molecule, got {len(fragments)} fragments ({', '.join(fragments)})")
+    for name, potential in (("vacuum", pair.vacuum), ("water", pair.water)):
+        try:
+            potential.check(structure)
+            potential.check_electrons(structure.numbers, structure.charge, structure.multiplicity)
+        except ValueError as error:
+            raise ValueError(f"{error} (potential in {name})") from error
+
+
+def _fragments(structure: Structure) -> list[str]:
+    """Formulas of the atoms that hang together."""
+    from scipy.sparse.csgraph import connected_components
+
+    count, label = connected_components(bond_graph(structure.numbers, structure.positions), directed=False)
+    return [formula(structure.numbers[label == k]) for k in range(count)]
+
+
+# -- a campaign --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a molecule.
+
+    Attributes:
+        status: 'ok'; 'restarted' (a run broke and began anew, the result is of what came after); 'no overlap';
+            'broken'; 'refused'; 'failed' (an error of the program).
+        message: why there is no result, or what broke. result: None without one.
+        samples: header of each state's samples.
+    """
+
+    solute: Solute
+    status: str
+    message: str = ""
+    result: Hydration | None = None
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def state_name(coupling: float) -> str:
+    """Of the folder of a state's samples."""
+    return {0.0: "vacuum", 1.0: "water"}.get(coupling, f"coupling-{coupling:g}")
+
+
+def hydrate(
+    solutes: Sequence[Solute],
+    pair: PairFiles,
+    settings: HydrationSettings,
+    folder: str | Path,
+    *,
+    processes: int = 1,
+    scheduler: str | None = None,
+    progress: bool = False,
+) -> list[Outcome]:
+    """Sample every molecule in every state and estimate its hydration free energy; one outcome each, in their order.
+
+    Args:
+        folder: for ``configuration.json`` and the samples; a folder begun before goes on. It may be given other
+            molecules, but no other potentials or settings, and no other start structures under an old name.
+        processes, scheduler: see `run_campaign`.
+
+    Raises `ValueError` naming what differs from the folder, for names that are not unique, and what `run_campaign`
+    raises. What is wrong with single molecules stands in their outcomes.
+    """
+    names = [solute.name for solute in solutes]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"name: expected a name of its own for every molecule, got {twice!r} twice")
+    folder = Path(folder)
+    plain = {**dataclasses.asdict(settings), "models": pair.describe()}
+    plain.pop("least_overlap")  # decides on the estimate only
+    plain["sampling"].pop("batch")
+    claim_folder(folder, plain)
+    loaded = pair.load()
+    checked = [_checked(solute, loaded) for solute in solutes]
+    tasks = _tasks([s for s in checked if not s.problem], pair, settings, folder)
+
+    def keep(task: str, results: Mapping[str, StateSamples]) -> None:
+        state = state_name(tasks[task].coupling)
+        for name, samples in results.items():
+            samples.write(_path(folder, state, name))
+
+    failed = run_campaign(
+        tasks, sample_group, keep, processes=processes, scheduler=scheduler, progress=progress, title="groups"
+    )
+    lost = {solute.name: failed[task] for task in failed for solute in tasks[task].solutes}
+    return [_outcome(solute, settings, folder, lost.get(solute.name)) for solute in checked]
+
+
+def _checked(solute: Solute, pair: Interpolated) -> Solute:
+    """The solute, with its problem if it has one."""
+    try:
+        for structure in solute.structures:
+            check_solute(structure, pair)
+    except ValueError as error:
+        return dataclasses.replace(solute, problem=str(error))
+    return solute
+
+
+def _path(folder: Path, state: str, name: str) -> Path:
+    return folder / "samples" / state / f"{name}.safetensors"
+
+
+def _tasks(solutes: Sequence[Solute], pair: PairFiles, settings: HydrationSettings, folder: Path) -> dict[str, Group]:
+    """Groups of the molecules that are missing, by state; molecules of like size together."""
+    tasks = {}
+    for coupling in settings.couplings:
+        state = state_name(coupling)
+        missing = []
+        for solute in solutes:
+            path = _path(folder, state, solute.name)
+            if not path.exists():
+                missing.append(solute)
+            elif StateSamples.read(path).header["starts"] != fingerprint(solute):
+                raise ValueError(
+                    f"name: {solute.name!r} was another molecule, or another start structure, when {folder} was begun"
+                )
+        runs_each = max((len(solute.structures) for solute in missing), default=1)
+        most = max(settings.sampling.batch // runs_each, 1)
+        for number, members in enumerate(batches([len(s.structures[0]) for s in missing], most)):
+            group = tuple(missing[k] for k in members)
+            text = "/".join((state, *(solute.name for solute in group)))
+            own = dataclasses.replace(settings.sampling, seed=seed_for(settings.sampling.seed, text, 0))
+            tasks[f"{state}-{number:03d}"] = Group(pair, coupling, group, own, settings.precision)
+    return tasks
+
+
+def _outcome(solute: Solute, settings: HydrationSettings, folder: Path, lost: Failed | None) -> Outcome:
+    """The estimate of one molecule, or why there is none."""
+    if solute.problem:
+        return Outcome(solute, "refused", solute.problem)
+    if lost is not None:
+        return Outcome(solute, "failed", lost.error)
+    paths = {state_name(c): _path(folder, state_name(c), solute.name) for c in settings.couplings}
+    missing = [state for state, path in paths.items() if not path.exists()]
+    if missing:
+        return Outcome(solute, "failed", f"the simulation in state {missing[0]!r} was interrupted")
+    states = {state: StateSamples.read(path) for state, path in paths.items()}
+    headers = {state: samples.header for state, samples in states.items()}
+    broken = [f"{state}: {h['broken']}" for state, h in headers.items() if h["broken"]]
+    if broken:
+        return Outcome(solute, "broken", "; ".join(broken), samples=headers)
+    try:
+        found = hydration(
+            [samples.differences for samples in states.values()],
+            settings.couplings,
+            settings.sampling.temperature,
+            settings.least_overlap,
+        )
+    except InsufficientOverlap as error:
+        return Outcome(solute, "no overlap", str(error), samples=headers)
+    except (ValueError, RuntimeError) as error:
+        return Outcome(solute, "failed", str(error), samples=headers)
+    restarts = [f"{state}: {text}" for state, h in headers.items() for text in h["failures"]]
+    return Outcome(solute, "restarted" if restarts else "ok", "; ".join(restarts), found, headers)

@@ -1,0 +1,195 @@
+"""a group of molecules, a state between vacuum and water -> frames, with their energies under both potentials.
+
+`sample_group` is a task of a campaign (`data.campaigns`): all that it needs travels with it, the model files included.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openmm_mlff.data.files import read_arrays, write_arrays
+from openmm_mlff.data.solutes import Solute
+from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.composition import Interpolated
+from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.potentials.potential import Potential
+from openmm_mlff.sampling.molecule_runs import LangevinSettings, MoleculeSamples, sample
+
+FORMAT = "openmm-mlff-hydration-samples-1"
+#: frames in one evaluation of both potentials.
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """The two potentials as they travel to other machines: the bytes of their files.
+
+    Attributes:
+        files: (name, bytes) of one model file that holds a pair, or of those of the potentials in vacuum and in water.
+    """
+
+    files: tuple[tuple[str, bytes], ...] = field(repr=False)
+
+    @classmethod
+    def read(
+        cls, model: str | Path | None = None, vacuum: str | Path | None = None, water: str | Path | None = None
+    ) -> PairFiles:
+        """From one file with a pair, or from two files; raises `ValueError` for anything else, or `OSError`."""
+        if (model is None) == (vacuum is None and water is None) or (vacuum is None) != (water is None):
+            raise ValueError("model: expected one model file that holds a pair, or two (vacuum and water)")
+        paths = [Path(path) for path in (model, vacuum, water) if path is not None]
+        pair = cls(tuple((path.name, path.read_bytes()) for path in paths))
+        pair.load()
+        return pair
+
+    @functools.cached_property
+    def sha256(self) -> tuple[str, ...]:
+        return tuple(hashlib.sha256(data).hexdigest() for _, data in self.files)
+
+    def describe(self) -> dict[str, Any]:
+        """Names and checksums."""
+        return {name: digest for (name, _), digest in zip(self.files, self.sha256, strict=True)}
+
+    def load(self) -> Interpolated:
+        """The pair; raises `ValueError` if the files do not hold one."""
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in self.files:
+                path = Path(folder) / name
+                path.write_bytes(data)
+                found.append(load_potential(path))
+        if len(found) == 2:
+            return Interpolated(found[0], found[1])
+        if not isinstance(found[0], Interpolated):
+            raise ValueError(
+                f"model: expected a pair of potentials (vacuum and water), got one of family {found[0].family!r}; "
+                "give two model files instead"
+            )
+        return Interpolated(found[0].vacuum, found[0].water)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(pair: PairFiles) -> Interpolated:
+    """Once per process."""
+    return pair.load()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Molecules that are simulated together, and how; a task of a campaign."""
+
+    pair: PairFiles
+    coupling: float
+    solutes: tuple[Solute, ...]
+    settings: LangevinSettings
+    precision: str | None
+
+
+@dataclass(frozen=True)
+class StateSamples:
+    """Frames of one molecule in one state.
+
+    Attributes:
+        positions: of each run ``(n, n_atoms, 3)`` angstrom, float32. vacuum, water: of each run ``(n,)`` eV, the
+            frames' energies under both potentials.
+        header: numbers, starts (a checksum), seed, temperature of each run, failures (what broke and when), broken
+            (why there is nothing to use, or empty).
+    """
+
+    positions: tuple[np.ndarray, ...]
+    vacuum: tuple[np.ndarray, ...]
+    water: tuple[np.ndarray, ...]
+    header: dict[str, Any]
+
+    @property
+    def differences(self) -> list[np.ndarray]:
+        """U_water - U_vacuum of each run, eV."""
+        return [b - a for a, b in zip(self.vacuum, self.water, strict=True)]
+
+    def write(self, path: Path) -> None:
+        arrays: dict[str, np.ndarray] = {}
+        for k in range(len(self.positions)):
+            arrays |= {
+                f"{k}/positions": self.positions[k],
+                f"{k}/vacuum": self.vacuum[k],
+                f"{k}/water": self.water[k],
+            }
+        write_arrays(path, FORMAT, arrays, self.header)
+
+    @classmethod
+    def read(cls, path: Path) -> StateSamples:
+        """Raises what `read_arrays` raises."""
+        header, arrays = read_arrays(path, FORMAT, "samples of a molecule")
+        positions, vacuum, water = (
+            tuple(arrays[f"{k}/{name}"] for k in range(len(header["temperatures"])))
+            for name in ("positions", "vacuum", "water")
+        )
+        return cls(positions, vacuum, water, header)
+
+
+def sample_group(group: Group) -> dict[str, StateSamples]:
+    """Simulate a group and evaluate its frames under both potentials; by name of the molecule.
+
+    Empty if the simulation was interrupted.
+    """
+    pair = _loaded(group.pair)
+    ends: dict[float, Potential] = {0.0: pair.vacuum, 1.0: pair.water}
+    potential = ends.get(group.coupling) or Interpolated(pair.vacuum, pair.water, group.coupling)
+    runs = [structure for solute in group.solutes for structure in solute.structures]
+    results = iter(sample(potential, runs, group.settings, precision=group.precision, threads=1))
+    found = {}
+    exact = [copy.deepcopy(p).double() for p in (pair.vacuum, pair.water)]
+    for solute in group.solutes:
+        own = [next(results) for _ in solute.structures]
+        failures = [_failure(k, run) for k, run in enumerate(own) if run.failures]
+        given_up = [
+            text for run, text in zip((r for r in own if r.failures), failures, strict=True) if not run.finished
+        ]
+        if not all(run.finished for run in own) and not given_up:
+            return {}
+        frames = [run.positions.astype(np.float32) for run in own]
+        energies = [[_energies(p, solute.structures[k], x) for k, x in enumerate(frames)] for p in exact]
+        header = {
+            "numbers": solute.structures[0].numbers.tolist(),
+            "starts": fingerprint(solute),
+            "coupling": group.coupling,
+            "seed": group.settings.seed,
+            "temperatures": [run.temperature for run in own],
+            "failures": failures,
+            "broken": "; ".join(given_up),
+        }
+        found[solute.name] = StateSamples(tuple(frames), tuple(energies[0]), tuple(energies[1]), header)
+    return found
+
+
+def _failure(run: int, samples: MoleculeSamples) -> str:
+    first = samples.failures[0]
+    return f"run {run} broke {len(samples.failures)} time(s), first at step {first.step}: {first.reason}"
+
+
+def _energies(potential: Potential, structure: Structure, frames: np.ndarray) -> np.ndarray:
+    """Energies ``(n,)`` eV of frames ``(n, n_atoms, 3)`` angstrom."""
+    parts = [np.zeros(0)]
+    for start in range(0, len(frames), CHUNK):
+        moved = [structure.replace(positions=x) for x in frames[start : start + CHUNK].astype(np.float64)]
+        with torch.no_grad():
+            parts.append(potential.evaluate(potential.batch(moved), forces=False).energy.double().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def fingerprint(solute: Solute) -> str:
+    """A checksum of atoms and start positions, rounded to 1e-6 angstrom."""
+    digest = hashlib.sha256()
+    for structure in solute.structures:
+        digest.update(structure.numbers.tobytes())
+        digest.update(np.round(structure.positions, 6).tobytes())
+    return digest.hexdigest()[:16]
