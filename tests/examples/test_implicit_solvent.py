@@ -1,0 +1,86 @@
+"""The example of a pair in two phases: exact where the two potentials differ by a constant."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import mdtraj
+import numpy as np
+import pytest
+
+from openmm_mlff.potentials.family import find_family, load_potential
+from openmm_mlff.units import EV_PER_KCAL_PER_MOL
+from openmm_resolv import save_pair
+
+NAME = "07_implicit_solvent.py"
+SHIFT = -4.7  # kcal/mol
+
+
+@pytest.fixture(scope="module")
+def example(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("implicit_solvent", repository / "examples" / NAME)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shifted(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One potential in both phases; in water each of the twelve hydrogens of capped alanine is worth a little more."""
+    shipped = find_family("spookynet").bundled[0].path
+    path = shipped if shipped.is_file() else shared / "models" / "spookynet_parameters.pth"
+    water, vacuum = load_potential(path), load_potential(path)
+    water.shift_atomic_energies({1: SHIFT * EV_PER_KCAL_PER_MOL / 12})
+    return save_pair(water, vacuum, tmp_path_factory.mktemp("pair") / "shifted.safetensors")
+
+
+def run(repository: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(repository / "examples" / NAME), *map(str, arguments)],
+        capture_output=True, text=True, encoding="utf-8", timeout=300, env=os.environ | environment, check=False,
+    )  # fmt: skip
+
+
+def test_a_constant_is_the_hydration_free_energy(repository: Path, shifted: Path, tmp_path: Path) -> None:
+    small = ("--picoseconds", 0.5, "--timestep", 2, "--minimization", 10)
+    done = run(repository, "--pair", shifted, *small, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"hydration free energy: (-?[\d.]+) \+- ([\d.]+) kcal/mol", done.stdout)
+    assert found is not None and float(found[1]) == pytest.approx(SHIFT, abs=0.011) and float(found[2]) < 0.01
+    assert "overlap of the two ensembles: 0.50" in done.stdout
+    # the same forces and seeds: the two runs are one
+    sizes = re.search(r"radius of gyration +([\d.]+) \+- [\d.]+ Å +([\d.]+) \+-", done.stdout)
+    assert sizes is not None and sizes[1] == sizes[2] and 2.0 < float(sizes[1]) < 4.0
+    assert done.stdout.count("population of") == 5
+    for name in ("vacuum", "water"):
+        assert len(mdtraj.load(str(tmp_path / f"{name}.dcd"), top=str(tmp_path / "start.pdb"))) == 5
+    assert (tmp_path / "phases.png").stat().st_size > 10_000
+
+
+def test_every_frame_is_in_one_basin(example: ModuleType) -> None:
+    phi, psi = (x.ravel() for x in np.meshgrid(np.linspace(-180, 180, 73), np.linspace(-180, 180, 73)))
+    found = example.basins(phi, psi)
+    np.testing.assert_array_equal(sum(basin.astype(int) for basin in found.values()), 1)
+    # ideal values of the textbooks
+    for name, angles in {"C7eq": (-80, 75), "C5": (-155, 160), "PII": (-75, 150), "alpha R": (-65, -40),
+                         "phi > 0": (55, 45)}.items():  # fmt: skip
+        assert [key for key, basin in example.basins(*(np.array([a]) for a in angles)).items() if basin[0]] == [name]
+
+
+def test_what_it_says_without_a_pair_or_an_element(
+    example: ModuleType, shifted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, message in (
+        (["--pair", tmp_path / "none.safetensors"], "There is no file at"),
+        (["--pair", shifted, "--smiles", "[He]", "--output", tmp_path], "This pair cannot describe .*: elements"),
+    ):
+        monkeypatch.setattr(sys, "argv", [NAME, *map(str, arguments)])
+        with pytest.raises(SystemExit, match=message):
+            example.main()
