@@ -145,7 +145,7 @@ def hydrate(
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"name: expected a name of its own for every molecule, got {twice!r} twice")
     folder = Path(folder)
-    plain = {**dataclasses.asdict(settings), "models": pair.describe()}
+    plain = {**dataclasses.asdict(settings), "models": pair.sha256}
     plain.pop("least_overlap")  # decides on the estimate only
     plain["sampling"].pop("batch")
     claim_folder(folder, plain)

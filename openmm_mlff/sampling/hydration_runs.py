@@ -55,9 +55,13 @@ class PairFiles:
     def sha256(self) -> tuple[str, ...]:
         return tuple(hashlib.sha256(data).hexdigest() for _, data in self.files)
 
-    def describe(self) -> dict[str, Any]:
-        """Names and checksums."""
-        return {name: digest for (name, _), digest in zip(self.files, self.sha256, strict=True)}
+    def describe(self) -> dict[str, dict[str, str]]:
+        """Name and checksum of each file."""
+        roles = ("model",) if len(self.files) == 1 else ("vacuum", "water")
+        return {
+            role: {"file": name, "sha256": digest}
+            for role, (name, _), digest in zip(roles, self.files, self.sha256, strict=True)
+        }
 
     def load(self) -> Interpolated:
         """The pair; raises `ValueError` if the files do not hold one."""
@@ -163,7 +167,7 @@ def sample_group(group: Group) -> dict[str, StateSamples]:
             "starts": fingerprint(solute),
             "coupling": group.coupling,
             "seed": group.settings.seed,
-            "temperatures": [run.temperature for run in own],
+            "temperatures": [run.temperature if len(run.positions) else None for run in own],
             "failures": failures,
             "broken": "; ".join(given_up),
         }
