@@ -96,7 +96,7 @@ class Molecules:
         system, learned = combine_with_computations(systems, batch)
         whole = join_topologies(topologies)
         numbers = [0 if atom.element is None else atom.element.atomic_number for atom in whole.atoms()]
-        bonds = np.array([sorted((b.atom1.index, b.atom2.index)) for b in whole.bonds()]).reshape(-1, 2)
+        bonds = np.array([sorted((b.atom1.index, b.atom2.index)) for b in whole.bonds()], dtype=np.int64).reshape(-1, 2)
         self._set_up(system, sizes, [_Learned(c, np.array(k)) for c, k in learned], np.array(numbers), bonds, systems)
 
     def _set_up(

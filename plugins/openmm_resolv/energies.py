@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import openmm
 
+from openmm_mlff.forces.molecule_force import MoleculesComputation
 from openmm_mlff.forces.python_force import ForceComputation, make_force
 from openmm_mlff.forces.running import computations
 from openmm_resolv.model import LAMBDA
@@ -15,7 +16,7 @@ from openmm_resolv.model import LAMBDA
 
 @dataclass(frozen=True)
 class PhaseEnergies:
-    """Attributes: vacuum, water: energies of the copies in the system (one for one molecule), ``(n,)`` kJ/mol."""
+    """Attributes: vacuum, water: energies of the molecules in the system, or of its copies of one, ``(n,)`` kJ/mol."""
 
     vacuum: np.ndarray
     water: np.ndarray
@@ -33,22 +34,18 @@ class BothEnergies:
     the System do not count.
 
     Args:
-        system: from ``createSystem(..., phase='both')``, or copies of it in one System.
+        system: from ``createSystem(..., phase='both')``, or many of them in one System (`Replicas`, `Molecules`).
 
     Raises `ValueError` for a system without such a force.
     """
 
     def __init__(self, system: openmm.System) -> None:
-        specs = {c.options: c.spec for c in computations(system) if c.spec.coupling_parameter == LAMBDA}
-        if len(specs) != 1:
-            raise ValueError(f"system: expected one resolv force of phase 'both', got {len(specs)}")
-        (spec,) = specs.values()
-        self._computations = {
-            phase: ForceComputation(
-                dataclasses.replace(spec, phase=phase, coupling_parameter=None, max_force=None, compile=spec.compile)
-            )
-            for phase in ("vacuum", "water")
-        }
+        found = {c.options: c for c in computations(system) if c.spec.coupling_parameter == LAMBDA}
+        if len(found) != 1:
+            raise ValueError(f"system: expected one resolv force of phase 'both', got {len(found)}")
+        (coupled,) = found.values()
+        spec = coupled.spec
+        self._computations = {phase: _in_phase(coupled, phase) for phase in ("vacuum", "water")}
         reader = openmm.System()
         for _ in range(system.getNumParticles()):
             reader.addParticle(1.0)
@@ -70,6 +67,14 @@ class BothEnergies:
             assert computation.energies is not None
             found[phase] = computation.energies.copy()
         return PhaseEnergies(**found)
+
+
+def _in_phase(computation: ForceComputation, phase: str) -> ForceComputation:
+    """The same atoms by one of the two potentials; forces may be large where the other one has been."""
+    spec = dataclasses.replace(computation.spec, phase=phase, coupling_parameter=None, max_force=None)
+    if isinstance(computation, MoleculesComputation):
+        return MoleculesComputation(dataclasses.replace(computation.molecules, common=spec))
+    return ForceComputation(spec)
 
 
 def both_energies(context: openmm.Context) -> PhaseEnergies:

@@ -19,11 +19,12 @@ from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.potentials.family import load_potential, save_potential
+from openmm_mlff.sampling.molecules import Molecules
 from openmm_mlff.sampling.replicas import Replicas
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 from openmm_resolv import LAMBDA, BothEnergies, ResolvPotential, both_energies, save_pair
 
-from .resolv_pairs import METHANOL, METHANOL_BONDS, WATER, pair
+from .resolv_pairs import AMMONIA, METHANOL, METHANOL_BONDS, WATER, pair
 
 KJ = KJ_PER_MOL_PER_EV
 
@@ -228,6 +229,28 @@ def test_copies_have_both_energies_each(model: ResolvPotential, potential: MLPot
     np.testing.assert_allclose(replicas.potential_energies(context), 0.75 * alone[0] + 0.25 * alone[1], atol=1e-7)
     both = both_energies(context)
     np.testing.assert_allclose([both.vacuum, both.water], alone, atol=1e-7)
+
+
+def test_different_molecules_have_both_energies_each(model: ResolvPotential, potential: MLPotential) -> None:
+    """A molecule that breaks is held, and the others follow lambda."""
+    molecules = [METHANOL, WATER, AMMONIA]
+    topologies = [topology_of(s) for s in molecules]
+    singles = [potential.createSystem(t, phase="both", precision="double") for t in topologies]
+    many = Molecules(singles, topologies)
+    context = many.context(openmm.VerletIntegrator(0.001))
+    many.set_positions(context, [s.positions / 10.0 for s in molecules])
+    alone = np.array([[m.energy_and_forces(s)[0] for s in molecules] for m in (model.vacuum, model.water)]) * KJ
+    for x in (1.0, 0.25):
+        context.setParameter(LAMBDA, x)
+        np.testing.assert_allclose(many.potential_energies(context), (1 - x) * alone[0] + x * alone[1], atol=1e-7)
+    both = both_energies(context)
+    np.testing.assert_allclose([both.vacuum, both.water], alone, atol=1e-7)
+    broken = [s.positions / 10.0 for s in molecules]
+    broken[1] = broken[1] * 5.0
+    context.setPositions(np.concatenate(broken))
+    energies = many.potential_energies(context)
+    assert [f.molecule for f in many.failures] == [1]
+    np.testing.assert_allclose(energies[[0, 2]], (0.75 * alone[0] + 0.25 * alone[1])[[0, 2]], atol=1e-7)
 
 
 def test_a_potential_in_memory_has_its_own_phase(model: ResolvPotential) -> None:
