@@ -29,25 +29,31 @@ class Failed:
     trace: str
 
 
+#: ``keep(name, result)`` runs where the campaign was started; it may return further tasks (argument by name), which
+#: then come first.
+Keep = Callable[[str, Any], Mapping[str, Any] | None]
+
+
 def run_campaign(
     tasks: Mapping[str, Any],
     work: Callable[[Any], Any],
-    keep: Callable[[str, Any], None],
+    keep: Keep,
     *,
     processes: int = 1,
     scheduler: str | None = None,
     progress: bool = True,
     title: str = "tasks",
+    total: int | None = None,
 ) -> dict[str, Failed]:
     """Call ``keep(name, work(argument))`` for every task, in the order in which they end.
 
     Args:
         tasks: argument by name; arguments and results travel to other processes.
-        work: a top-level function. keep: runs here.
+        work: a top-level function. keep: see `Keep`.
         processes: on this machine, one thread each; 1 works in this process.
         scheduler: address of a Dask scheduler, such as ``tcp://host:8786``, whose workers then do the work; they need
             this package.
-        progress: draw a progress bar.
+        progress: draw a progress bar. total: tasks in all, where `keep` returns more.
 
     Returns the tasks that failed. Raises `ValueError` for an impossible `processes` or address, `ImportError` without
     dask (extra ``cluster``), `OSError` if the scheduler does not answer; what `keep` raises is passed on. After an
@@ -56,23 +62,31 @@ def run_campaign(
     if processes < 1:
         raise ValueError(f"processes: expected at least 1, got {processes}")
     failed: dict[str, Failed] = {}
-    with ProgressBar(title, len(tasks), 0, progress) as bar:
+    left = dict(tasks)
+    with ProgressBar(title, len(tasks) if total is None else total, 0, progress) as bar:
 
         def finish(name: str, result: Any) -> None:
+            further: Mapping[str, Any] | None = None
             if isinstance(result, Failed):
                 failed[name] = result
             else:
-                keep(name, result)
+                further = keep(name, result)
+            left.pop(name)
+            if further:
+                rest = dict(left)
+                left.clear()
+                left.update({**further, **rest})
             bar.advance(len(failed))
 
         if scheduler is not None:
             with _dask_executor(scheduler) as executor:
-                _collect(executor, tasks, work, finish, at_once=len(tasks))
+                _collect(executor, left, work, finish, at_once=None)
         elif processes == 1:
-            for name, argument in tasks.items():
-                finish(name, _guarded(work, argument))
+            while left:
+                name = next(iter(left))
+                finish(name, _guarded(work, left[name]))
         else:
-            _run_in_pools(tasks, work, finish, processes)
+            _run_in_pools(left, work, finish, processes)
     return failed
 
 
@@ -86,44 +100,46 @@ def _guarded(work: Callable[[Any], Any], argument: Any) -> Any:
 
 
 def _run_in_pools(
-    tasks: Mapping[str, Any], work: Callable[[Any], Any], finish: Callable[[str, Any], None], processes: int
+    left: dict[str, Any], work: Callable[[Any], Any], finish: Callable[[str, Any], None], processes: int
 ) -> None:
     """A pool that breaks is replaced; what ran in it runs again, one by one, because one of them may be the cause."""
-    left = dict(tasks)
-
-    def done(name: str, result: Any) -> None:
-        left.pop(name)
-        finish(name, result)
-
     while left:
         with _local_pool(processes) as pool:
-            lost = _collect(pool, left.copy(), work, done, at_once=processes)
+            lost = _collect(pool, left, work, finish, at_once=processes)
         for name in lost:
             with _local_pool(1) as pool:
-                again = _collect(pool, {name: tasks[name]}, work, done, at_once=1)
+                again = _collect(pool, {name: left[name]}, work, finish, at_once=1)
             if again:
-                done(name, Failed("its worker process died, twice (out of memory, or a crash)", ""))
+                finish(name, Failed("its worker process died, twice (out of memory, or a crash)", ""))
 
 
 def _collect(
     executor: Executor,
-    tasks: Mapping[str, Any],
+    left: Mapping[str, Any],
     work: Callable[[Any], Any],
     finish: Callable[[str, Any], None],
-    at_once: int,
+    at_once: int | None,
 ) -> list[str]:
-    """Submit tasks, `at_once` at a time, and hand over what they return; the names that were lost with a local pool."""
-    waiting = list(tasks)[::-1]
+    """Submit what is left, `at_once` at a time, and hand over what comes back.
+
+    `finish` takes a task out of `left` and may put others in. Returns the tasks that were lost with a local pool.
+    """
     running: dict[Future[Any], str] = {}
     lost: list[str] = []
-    while (waiting and not lost) or running:
-        while waiting and not lost and len(running) < at_once:
-            name = waiting.pop()
+    handed: set[str] = set()
+    while True:
+        waiting = [name for name in left if name not in handed]
+        for name in waiting[: None if at_once is None else max(at_once - len(running), 0)]:
+            if lost:
+                break
+            handed.add(name)
             try:
                 with interrupts_held():
-                    running[executor.submit(_guarded, work, tasks[name])] = name
+                    running[executor.submit(_guarded, work, left[name])] = name
             except BrokenProcessPool:
                 lost.append(name)
+        if not running:
+            return lost
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             name = running.pop(future)
@@ -136,7 +152,6 @@ def _collect(
                 # of the cluster itself: Dask gives a task up when several of its workers died
                 result = Failed(f"{type(error).__name__}: {error}", "")
             finish(name, result)
-    return lost
 
 
 @contextmanager

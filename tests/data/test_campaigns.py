@@ -37,6 +37,24 @@ def die(argument: bool) -> str:
     return "done"
 
 
+def keep_pairs(kept: list[tuple[str, int]]) -> Any:
+    return lambda name, result: kept.append((name, result))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_results_bring_further_tasks(processes: int) -> None:
+    kept: list[tuple[str, int]] = []
+
+    def keep(name: str, result: int) -> dict[str, int] | None:
+        kept.append((name, result))
+        return {f"{name}'": result} if result < 100 else None
+
+    assert run_campaign({"a": 2, "b": 3}, square, keep, processes=processes, progress=False, total=6) == {}
+    assert sorted(kept) == [("a", 4), ("a'", 16), ("a''", 256), ("b", 9), ("b'", 81), ("b''", 6561)]
+    if processes == 1:
+        assert [name for name, _ in kept] == ["a", "a'", "a''", "b", "b'", "b''"]  # what was begun is ended first
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_results_and_failures(processes: int) -> None:
     kept: dict[str, int] = {}
@@ -52,7 +70,7 @@ def test_results_and_failures(processes: int) -> None:
 def test_a_worker_that_dies_loses_only_its_running_task_which_runs_again(tmp_path: Path) -> None:
     kept: list[tuple[str, int]] = []
     tasks = {f"task-{k}": (k, str(tmp_path / "died") if k == 2 else "") for k in range(6)}
-    failed = run_campaign(tasks, die_once, lambda *pair: kept.append(pair), processes=2, progress=False)
+    failed = run_campaign(tasks, die_once, keep_pairs(kept), processes=2, progress=False)
     assert failed == {}
     assert sorted(kept) == [(f"task-{k}", k * k) for k in range(6)]  # each once
 
@@ -110,7 +128,7 @@ def test_a_lost_worker_of_a_cluster_loses_nothing(cluster: Any, tmp_path: Path) 
     kept: list[tuple[str, int]] = []
     tasks = {f"task-{k}": (k, str(tmp_path / "died") if k == 2 else "") for k in range(8)}
     address = cluster.scheduler_address
-    failed = run_campaign(tasks, die_once, lambda *pair: kept.append(pair), scheduler=address, progress=False)
+    failed = run_campaign(tasks, die_once, keep_pairs(kept), scheduler=address, progress=False)
     assert (tmp_path / "died").exists() and failed == {}
     assert sorted(kept) == [(f"task-{k}", k * k) for k in range(8)]
 
