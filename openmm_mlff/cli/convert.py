@@ -70,7 +70,13 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def largest_difference(first: Potential, second: Potential) -> float:
-    """Largest difference of energies (eV) and forces (eV/angstrom) over `probes`, in float64."""
+    """Largest difference of energies (eV) and forces (eV/angstrom) over `probes`, in float64 and all phases."""
+    if first.phases and first.phases == second.phases:
+        return max(_difference(first.in_phase(phase), second.in_phase(phase)) for phase in first.phases)
+    return _difference(first, second)
+
+
+def _difference(first: Potential, second: Potential) -> float:
     import copy
 
     import torch

@@ -24,7 +24,7 @@ from openmm_mlff.sampling.replicas import Replicas
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 from openmm_resolv import LAMBDA, BothEnergies, ResolvPotential, both_energies, save_pair
 
-from .resolv_pairs import AMMONIA, METHANOL, METHANOL_BONDS, WATER, pair
+from .resolv_pairs import AMMONIA, METHANOL, METHANOL_BONDS, WATER, pair, so3krates
 
 KJ = KJ_PER_MOL_PER_EV
 
@@ -466,3 +466,11 @@ def test_pairs_are_not_trained_as_one_network(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="family: resolv models are made of others"):
         _new_model(Recipe(family="resolv"), None)  # type: ignore[arg-type]
+
+
+def test_a_conversion_is_held_against_both_phases(model: ResolvPotential) -> None:
+    from openmm_mlff.cli.convert import largest_difference
+
+    other = pair(water=model.water, vacuum=so3krates(9, cutoff=4.0))
+    assert largest_difference(model, model) == 0.0
+    assert largest_difference(model, other) > 0.1
