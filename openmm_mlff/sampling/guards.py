@@ -131,27 +131,27 @@ class Guard:
 
 
 def watched_bonds(
-    numbers: np.ndarray, molecules: Sequence[np.ndarray], bonds: np.ndarray
+    numbers: np.ndarray, molecules: Sequence[np.ndarray], bonds: Sequence[Sequence[tuple[int, int]] | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bonds of many molecules laid end to end, and the lengths beyond which they are broken.
 
     Args:
         numbers: atomic numbers of all atoms, 0 for beads. molecules: positions at which they are sound, angstrom.
-        bonds: those that are known, ``(n, 2)``; in a molecule without any, atoms are bonded that are close enough.
+        bonds: of each molecule, by indices within it; None: atoms are bonded that are close enough.
 
-    Returns: pairs ``(n_bonds, 2)`` and their longest lengths ``(n_bonds,)`` angstrom.
+    Returns: pairs ``(n_bonds, 2)`` among all atoms and their longest lengths ``(n_bonds,)`` angstrom.
     """
     from ase.data import covalent_radii
 
-    offsets = np.cumsum([0, *(len(m) for m in molecules)])
-    known = np.bincount(np.searchsorted(offsets, bonds[:, 0], side="right") - 1, minlength=len(molecules))
-    found = [bonds]
-    for k in np.flatnonzero(known == 0).tolist():
-        own = numbers[offsets[k] : offsets[k + 1]]
-        if (own > 0).all():
-            found.append(np.argwhere(np.triu(bond_graph(own, molecules[k]))) + offsets[k])
-    every = np.concatenate(found)
-    where = np.concatenate(molecules)
+    first, found = 0, [np.empty((0, 2), dtype=np.int64)]
+    for positions, given in zip(molecules, bonds, strict=True):
+        own = numbers[first : first + len(positions)]
+        if given is not None:
+            found.append(np.array(given, dtype=np.int64).reshape(-1, 2) + first)
+        elif (own > 0).all():
+            found.append(np.argwhere(np.triu(bond_graph(own, positions))) + first)
+        first += len(positions)
+    every, where = np.concatenate(found), np.concatenate(molecules)
     # a bead has no radius: its bonds are known by their lengths alone
     natural = covalent_radii[numbers[every]].sum(axis=1) * (numbers[every] > 0).all(axis=1)
     apart = np.linalg.norm(where[every[:, 0]] - where[every[:, 1]], axis=1)

@@ -81,7 +81,8 @@ class MoleculeSamples:
 
     Attributes:
         positions: ``(frames, n_atoms, 3)`` angstrom, float64. energies: ``(frames,)`` eV, of the sampling potential.
-        last: ``(n_atoms, 3)`` angstrom, and velocities: ``(n_atoms, 3)`` nm/ps, to go on from.
+        last: ``(n_atoms, 3)`` angstrom, and velocities: ``(n_atoms, 3)`` nm/ps, to go on from; of a molecule that was
+            given up, its structure at rest.
         temperature: mean over the frames, K; NaN without frames.
         failures: every time that the molecule broke; `Failure.molecule` is its index in `structures`.
         finished: False if a signal came first, or if the molecule was given up.
@@ -218,6 +219,7 @@ class _Run:
         molecules.set_positions(context)
         if s.minimization_steps:
             molecules.minimize(context, max_iterations=s.minimization_steps)
+            self._begin_at(context)
         if velocities is None:
             molecules.set_velocities(context, s.temperature, [(s.seed, k) for k in self.names])
         else:
@@ -234,9 +236,18 @@ class _Run:
                     self._record(context)
                     due += self._interval
                 bar.update(min(step, self.end))
-        self._last = [x * ANGSTROM_PER_NM for x in molecules.positions(context)]
-        self._velocities = [v.copy() for v in molecules.velocities(context)]
+        held = molecules.held
+        for k, (x, v) in enumerate(zip(molecules.positions(context), molecules.velocities(context), strict=True)):
+            if not held[k]:
+                self._last[k], self._velocities[k] = x * ANGSTROM_PER_NM, v.copy()
         self._done = not self._stop
+
+    def _begin_at(self, context: openmm.Context) -> None:
+        """Let molecules that break start anew from where they are now, unless they are broken."""
+        starts, held = self.molecules.starts, self.molecules.held
+        assert starts is not None
+        now = self.molecules.positions(context)
+        self.molecules.starts = [start if held[k] else now[k].copy() for k, start in enumerate(starts)]
 
     def _advance(self, context: openmm.Context, step: int, target: int) -> int:
         """Some steps towards `target`, in about the time between two glances; returns how many."""

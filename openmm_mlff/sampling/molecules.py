@@ -37,7 +37,6 @@ from openmm_mlff.sampling.fire import Fire
 from openmm_mlff.sampling.guards import watched_bonds
 from openmm_mlff.sampling.platforms import PlatformChoice, choose_for_many
 from openmm_mlff.sampling.replicas import _LEAPFROG, _has_energy, _native_context
-from openmm_mlff.sampling.replicate import join_topologies
 from openmm_mlff.units import ANGSTROM_PER_NM, BOLTZMANN_KJ_PER_MOL, NM_PER_ANGSTROM
 
 __all__ = ["Failure", "Molecules", "MoleculesFrame"]
@@ -94,9 +93,9 @@ class Molecules:
                 f"topologies: expected {sizes} atoms, as the systems have, got {[t.getNumAtoms() for t in topologies]}"
             )
         system, learned = combine_with_computations(systems, batch)
-        whole = join_topologies(topologies)
-        numbers = [0 if atom.element is None else atom.element.atomic_number for atom in whole.atoms()]
-        bonds = np.array([sorted((b.atom1.index, b.atom2.index)) for b in whole.bonds()], dtype=np.int64).reshape(-1, 2)
+        atoms = [atom for topology in topologies for atom in topology.atoms()]
+        numbers = [0 if atom.element is None else atom.element.atomic_number for atom in atoms]
+        bonds = [[(b.atom1.index, b.atom2.index) for b in topology.bonds()] or None for topology in topologies]
         self._set_up(system, sizes, [_Learned(c, np.array(k)) for c, k in learned], np.array(numbers), bonds, systems)
 
     def _set_up(
@@ -105,7 +104,7 @@ class Molecules:
         sizes: Sequence[int],
         learned: list[_Learned],
         numbers: np.ndarray,
-        bonds: np.ndarray,
+        bonds: Sequence[Sequence[tuple[int, int]] | None],
         singles: Sequence[openmm.System] = (),
     ) -> None:
         self.system, self._learned, self._numbers, self._bonds = system, learned, numbers, bonds
@@ -137,8 +136,9 @@ class Molecules:
 
         Args:
             potential: a copy is made, so that later changes of its weights do nothing; see `set_potential`.
-            structures: open molecules, positions in angstrom; they are the `starts`. ``info["topology_bonds"]`` are
-                the bonds that must stay whole; without them, atoms are bonded that are close enough.
+            structures: open molecules, positions in angstrom; they are the `starts`. ``info["topology_bonds"]``
+                (pairs of indices, or an empty list) are the bonds that must stay whole; where it is missing, atoms are
+                bonded that are close enough.
             precision: 'single', 'double', or None for the potential's own. compile: as for `Potential.evaluator`.
             threads: of torch; None chooses by size.
             batch: molecules in one evaluation; None takes all.
@@ -174,14 +174,10 @@ class Molecules:
         for z in numbers.tolist():
             system.addParticle(app.Element.getByAtomicNumber(z).mass)
         system.addForce(make_force(computation))
-        first = np.cumsum([0, *sizes])
-        bonds = [
-            np.array(s.info.get("topology_bonds", ()), dtype=np.int64).reshape(-1, 2) + first[k]
-            for k, s in enumerate(structures)
-        ]
+        bonds = [s.info.get("topology_bonds") for s in structures]
         molecules = cls.__new__(cls)
         learned = [_Learned(computation, np.arange(len(sizes)))]
-        molecules._set_up(system, sizes, learned, numbers, np.concatenate(bonds))
+        molecules._set_up(system, sizes, learned, numbers, bonds)
         molecules._arm([s.positions * NM_PER_ANGSTROM for s in structures])
         return molecules
 
