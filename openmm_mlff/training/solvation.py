@@ -298,9 +298,10 @@ class SolvationTraining:
         older: dict[int, Potential] = {}
         for name in names:
             frames = made[name]
-            batch = self._batch(frames)
-            reason = frames.failure or intact(frames, batch)
-            if reason:
+            # a molecule that broke may have no frames at all
+            batch = None if frames.failure else self._batch(frames)
+            reason = frames.failure if batch is None else intact(frames, batch)
+            if batch is None or reason:
                 self.dropped[name] = f"round {k}: {reason}"
                 self.ensembles.pop(name, None)
                 self.say(f"{name} takes no part any more: {reason}")

@@ -89,13 +89,16 @@ def exact_samples(
         r = np.interp(random.uniform(size=n), cumulative / cumulative[-1], LENGTHS)
         positions = np.zeros((n, 2, 3))
         positions[:, 1, 0] = r
-        broken = (Failure(0, 5, "a bond is broken", positions[-1]),) if "breaks" in structure.info else ()
+        last, broken = positions[-1], ()
+        if "breaks" in structure.info:
+            # given up before its first frame
+            positions, broken = positions[:0], (Failure(0, 5, "a bond is broken", last),)
         results.append(
             MoleculeSamples(
                 positions=positions,
                 energies=0.5 * k * (r - 1.1) ** 2,
                 velocities=np.zeros((2, 3)),
-                last=positions[-1],
+                last=last,
                 temperature=TEMPERATURE,
                 failures=broken,
                 finished=not broken,
