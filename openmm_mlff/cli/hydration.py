@@ -18,7 +18,7 @@ DESCRIPTION = """\
 Free energy of a molecule in implicit water minus that in vacuum, between two potentials, from Langevin dynamics of both
 (Bennett acceptance ratio; with --windows, MBAR over states between them). Writes results.json, results.csv, pictures of
 the convergence and, where measured values are known, of the parity into the output folder. The same command goes on
-where a run stopped; samples that are there are not made again."""
+where a run stopped, and with a greater --length makes it longer; samples that are there are not made again."""
 
 EXAMPLES = """examples:
   openmm-mlff hydration CCO --model pair.safetensors --output ethanol
@@ -61,6 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     sampling.add_argument("--friction", type=float, default=1.0, metavar="1/PS", help="(1)")
     sampling.add_argument("--conformers", type=int, default=1, metavar="N", help="start structures, a run each (1)")
     sampling.add_argument("--windows", type=int, default=2, metavar="N", help="states, both ends included (2)")
+    sampling.add_argument("--checkpoint", type=float, default=50.0, metavar="PS", help="kept so often (50)")
     sampling.add_argument("--seed", type=int, default=1, metavar="N", help="of conformers and dynamics (1)")
     sampling.add_argument("--least-overlap", type=float, default=0.03, metavar="X", help="between states (0.03)")
     machine = parser.add_argument_group("machine")
@@ -87,7 +88,7 @@ def settings_from(args: argparse.Namespace) -> HydrationSettings:
         minimization_steps=200,
         batch=args.batch,
     )
-    return HydrationSettings(sampling, args.windows, args.precision, args.least_overlap)
+    return HydrationSettings(sampling, args.windows, args.precision, args.least_overlap, args.checkpoint)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,7 +146,7 @@ def write_results(
                 **row,
                 **(outcome.result.summary() if outcome.result else {}),
                 "samples": {
-                    state: {key: header[key] for key in ("seed", "temperatures", "failures")}
+                    state: {key: header[key] for key in ("seeds", "temperatures", "failures")}
                     for state, header in outcome.samples.items()
                 },
             }

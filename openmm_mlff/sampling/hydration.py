@@ -4,8 +4,9 @@
     outcomes = hydrate([solute_from_smiles("CCO")], pair, HydrationSettings(), "run")
 
 Every state (coupling) of every molecule is kept in a file of its own, ``samples/<state>/<name>.safetensors``, with its
-frames and their energies under both potentials; what is there is not simulated again. Molecules of one state are
-simulated together, in groups that are the tasks of a campaign (`data.campaigns`).
+frames and their energies under both potentials; what is there is not simulated again, and a longer run goes on from
+it. Molecules of one state are simulated together, stretch by stretch: a task of a campaign (`data.campaigns`) is one
+stretch of one group.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from openmm_mlff.data.solutes import Solute
 from openmm_mlff.data.structures import Structure, formula
 from openmm_mlff.potentials.composition import Interpolated
 from openmm_mlff.sampling.checkpoints import seed_for
-from openmm_mlff.sampling.hydration_runs import Group, PairFiles, StateSamples, fingerprint, sample_group
+from openmm_mlff.sampling.hydration_runs import Group, PairFiles, StateSamples, fingerprint, sample_group, whole
 from openmm_mlff.sampling.molecule_runs import LangevinSettings, batches
 from openmm_mlff.sampling.starts import bond_graph
 
@@ -41,6 +42,7 @@ class HydrationSettings:
         precision: of the potentials in dynamics, 'single' or 'double'; None takes their own. Energies of the frames
             are evaluated in double precision.
         least_overlap: of neighbouring states; below it there is no result.
+        checkpoint: ps; what was simulated is kept so often.
 
     Raises `ValueError` naming the field.
     """
@@ -51,6 +53,7 @@ class HydrationSettings:
     windows: int = 2
     precision: str | None = None
     least_overlap: float = LEAST_OVERLAP
+    checkpoint: float = 50.0
 
     def __post_init__(self) -> None:
         if isinstance(self.windows, bool) or int(self.windows) != self.windows or self.windows < 2:
@@ -59,6 +62,13 @@ class HydrationSettings:
             raise ValueError(f"precision: expected 'single', 'double' or None, got {self.precision!r}")
         if not 0 <= self.least_overlap < 0.5:
             raise ValueError(f"least_overlap: expected a number from 0 to 0.5, got {self.least_overlap!r}")
+        if not self.checkpoint > 0:
+            raise ValueError(f"checkpoint: expected a positive time (ps), got {self.checkpoint!r}")
+
+    @property
+    def frames(self) -> int:
+        """Of every run."""
+        return whole(self.sampling.length / self.sampling.interval)
 
     @property
     def couplings(self) -> tuple[float, ...]:
@@ -146,20 +156,44 @@ def hydrate(
         raise ValueError(f"name: expected a name of its own for every molecule, got {twice!r} twice")
     folder = Path(folder)
     plain = {**dataclasses.asdict(settings), "models": pair.sha256}
-    plain.pop("least_overlap")  # decides on the estimate only
-    plain["sampling"].pop("batch")
+    # the rest may differ: how much is simulated, together or at once, and what the estimate makes of it
+    for name in ("least_overlap", "checkpoint"):
+        plain.pop(name)
+    for name in ("batch", "length"):
+        plain["sampling"].pop(name)
     claim_folder(folder, plain)
     loaded = pair.load()
     checked = [_checked(solute, loaded) for solute in solutes]
     tasks = _tasks([s for s in checked if not s.problem], pair, settings, folder)
 
-    def keep(task: str, results: Mapping[str, StateSamples]) -> None:
-        state = state_name(tasks[task].coupling)
-        for name, samples in results.items():
-            samples.write(_path(folder, state, name))
+    def keep(task: str, results: Mapping[str, StateSamples]) -> dict[str, Group]:
+        group, going_on = tasks[task], []
+        for solute in group.solutes:
+            path = _path(folder, state_name(group.coupling), solute.name)
+            samples = results.get(solute.name)
+            if samples is None:
+                continue
+            if group.starts is not None:
+                samples = StateSamples.read(path).joined(samples)
+            samples.write(path)
+            if not samples.header["broken"] and samples.header["planned"] < settings.frames:
+                going_on.append((solute, samples))
+        if not going_on:
+            return {}
+        name = f"{task.partition('+')[0]}+{going_on[0][1].header['planned']}"
+        tasks[name] = _stretch(going_on, group.coupling, pair, settings)
+        return {name: tasks[name]}
 
+    total = sum(-(-(settings.frames - group.planned) // group.frames) for group in tasks.values())
     failed = run_campaign(
-        tasks, sample_group, keep, processes=processes, scheduler=scheduler, progress=progress, title="groups"
+        dict(tasks),
+        sample_group,
+        keep,
+        processes=processes,
+        scheduler=scheduler,
+        progress=progress,
+        title="stretches of molecules",
+        total=total,
     )
     lost = {solute.name: failed[task] for task in failed for solute in tasks[task].solutes}
     return [_outcome(solute, settings, folder, lost.get(solute.name)) for solute in checked]
@@ -180,27 +214,55 @@ def _path(folder: Path, state: str, name: str) -> Path:
 
 
 def _tasks(solutes: Sequence[Solute], pair: PairFiles, settings: HydrationSettings, folder: Path) -> dict[str, Group]:
-    """Groups of the molecules that are missing, by state; molecules of like size together."""
-    tasks = {}
+    """The first stretches that are missing; in a group are molecules of like size that have come equally far."""
+    tasks: dict[str, Group] = {}
     for coupling in settings.couplings:
         state = state_name(coupling)
-        missing = []
+        progress: dict[int, list[tuple[Solute, StateSamples | None]]] = {}
         for solute in solutes:
-            path = _path(folder, state, solute.name)
-            if not path.exists():
-                missing.append(solute)
-            elif StateSamples.read(path).header["starts"] != fingerprint(solute):
-                raise ValueError(
-                    f"name: {solute.name!r} was another molecule, or another start structure, when {folder} was begun"
-                )
-        runs_each = max((len(solute.structures) for solute in missing), default=1)
-        most = max(settings.sampling.batch // runs_each, 1)
-        for number, members in enumerate(batches([len(s.structures[0]) for s in missing], most)):
-            group = tuple(missing[k] for k in members)
-            text = "/".join((state, *(solute.name for solute in group)))
-            own = dataclasses.replace(settings.sampling, seed=seed_for(settings.sampling.seed, text, 0))
-            tasks[f"{state}-{number:03d}"] = Group(pair, coupling, group, own, settings.precision)
+            samples = _known(solute, _path(folder, state, solute.name))
+            planned = 0 if samples is None else samples.header["planned"]
+            if planned < settings.frames and not (samples and samples.header["broken"]):
+                progress.setdefault(planned, []).append((solute, samples))
+        for planned, members in sorted(progress.items(), reverse=True):
+            runs_each = max(len(solute.structures) for solute, _ in members)
+            most = max(settings.sampling.batch // runs_each, 1)
+            for number, indices in enumerate(batches([len(s.structures[0]) for s, _ in members], most)):
+                chosen = [members[k] for k in indices]
+                tasks[f"{state}-{number:03d}-from-{planned}"] = _stretch(chosen, coupling, pair, settings)
     return tasks
+
+
+def _known(solute: Solute, path: Path) -> StateSamples | None:
+    """What there is of a molecule; raises `ValueError` if it is of another one."""
+    if not path.exists():
+        return None
+    samples = StateSamples.read(path)
+    if samples.header["starts"] != fingerprint(solute):
+        raise ValueError(
+            f"name: {solute.name!r} was another molecule, or another start structure, when {path.parents[2]} was begun"
+        )
+    return samples
+
+
+def _stretch(
+    members: Sequence[tuple[Solute, StateSamples | None]], coupling: float, pair: PairFiles, settings: HydrationSettings
+) -> Group:
+    """The next stretch of molecules that have come equally far."""
+    samples = [known for _, known in members if known is not None]
+    planned = samples[0].header["planned"] if samples else 0
+    frames = min(max(whole(settings.checkpoint / settings.sampling.interval), 1), settings.frames - planned)
+    text = "/".join((state_name(coupling), str(planned), *(solute.name for solute, _ in members)))
+    own = dataclasses.replace(
+        settings.sampling,
+        length=frames * settings.sampling.interval,
+        seed=seed_for(settings.sampling.seed, text, 0),
+    )
+    starts = None
+    if samples:
+        own = dataclasses.replace(own, equilibration=0.0, minimization_steps=0)
+        starts = tuple((run["last"], run["velocities"]) for known in samples for run in known.runs)
+    return Group(pair, coupling, tuple(solute for solute, _ in members), own, settings.precision, planned, starts)
 
 
 def _outcome(solute: Solute, settings: HydrationSettings, folder: Path, lost: Failed | None) -> Outcome:
@@ -210,11 +272,13 @@ def _outcome(solute: Solute, settings: HydrationSettings, folder: Path, lost: Fa
     if lost is not None:
         return Outcome(solute, "failed", lost.error)
     paths = {state_name(c): _path(folder, state_name(c), solute.name) for c in settings.couplings}
-    missing = [state for state, path in paths.items() if not path.exists()]
-    if missing:
-        return Outcome(solute, "failed", f"the simulation in state {missing[0]!r} was interrupted")
-    states = {state: StateSamples.read(path) for state, path in paths.items()}
+    states = {state: StateSamples.read(path) for state, path in paths.items() if path.exists()}
     headers = {state: samples.header for state, samples in states.items()}
+    short = [
+        s for s in paths if s not in states or not (headers[s]["broken"] or headers[s]["planned"] >= settings.frames)
+    ]
+    if short:
+        return Outcome(solute, "failed", f"the simulation in state {short[0]!r} was interrupted", samples=headers)
     broken = [f"{state}: {h['broken']}" for state, h in headers.items() if h["broken"]]
     if broken:
         return Outcome(solute, "broken", "; ".join(broken), samples=headers)

@@ -89,13 +89,31 @@ def _loaded(pair: PairFiles) -> Interpolated:
 
 @dataclass(frozen=True)
 class Group:
-    """Molecules that are simulated together, and how; a task of a campaign."""
+    """Molecules that are simulated together for a stretch, and how; a task of a campaign.
+
+    Attributes:
+        settings: of this stretch. planned: frames before it, of a run that does not break.
+        starts: where each run goes on, positions ``(n_atoms, 3)`` angstrom and velocities ``(n_atoms, 3)`` nm/ps; None
+            begins with the start structures.
+    """
 
     pair: PairFiles
     coupling: float
     solutes: tuple[Solute, ...]
     settings: LangevinSettings
     precision: str | None
+    planned: int = 0
+    starts: tuple[tuple[np.ndarray, np.ndarray], ...] | None = None
+
+    @property
+    def frames(self) -> int:
+        """Of a run that does not break."""
+        return whole(self.settings.length / self.settings.interval)
+
+
+def whole(ratio: float) -> int:
+    """Rounded down, but not by errors of rounding."""
+    return int(ratio + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -103,41 +121,51 @@ class StateSamples:
     """Frames of one molecule in one state.
 
     Attributes:
-        positions: of each run ``(n, n_atoms, 3)`` angstrom, float32. vacuum, water: of each run ``(n,)`` eV, the
-            frames' energies under both potentials.
-        header: numbers, starts (a checksum), seed, temperature of each run, failures (what broke and when), broken
-            (why there is nothing to use, or empty).
+        runs: for each, ``positions`` ``(n, n_atoms, 3)`` angstrom (float32), ``vacuum`` and ``water`` ``(n,)`` eV (the
+            frames' energies under both potentials), and ``last`` ``(n_atoms, 3)`` angstrom and ``velocities``
+            ``(n_atoms, 3)`` nm/ps to go on from.
+        header: numbers, starts (a checksum), coupling, seeds of the stretches, planned (frames of a run that does not
+            break), temperatures of the runs, failures (what broke and when), broken (why there is nothing to use).
     """
 
-    positions: tuple[np.ndarray, ...]
-    vacuum: tuple[np.ndarray, ...]
-    water: tuple[np.ndarray, ...]
+    runs: tuple[dict[str, np.ndarray], ...]
     header: dict[str, Any]
 
     @property
     def differences(self) -> list[np.ndarray]:
         """U_water - U_vacuum of each run, eV."""
-        return [b - a for a, b in zip(self.vacuum, self.water, strict=True)]
+        return [run["water"] - run["vacuum"] for run in self.runs]
+
+    def joined(self, later: StateSamples) -> StateSamples:
+        """These samples and those of the stretch that follows."""
+        runs, temperatures = [], []
+        for k, (a, b) in enumerate(zip(self.runs, later.runs, strict=True)):
+            frames = {name: np.concatenate([a[name], b[name]]) for name in ("positions", "vacuum", "water")}
+            runs.append({**b, **frames})
+            parts = [(len(r["vacuum"]), s.header["temperatures"][k]) for r, s in ((a, self), (b, later))]
+            known = [(n, t) for n, t in parts if t is not None]
+            temperatures.append(sum(n * t for n, t in known) / sum(n for n, _ in known) if known else None)
+        header = {
+            **self.header,
+            "temperatures": temperatures,
+            "planned": self.header["planned"] + later.header["planned"],
+            "broken": later.header["broken"],
+            **{name: self.header[name] + later.header[name] for name in ("seeds", "failures")},
+        }
+        return StateSamples(tuple(runs), header)
 
     def write(self, path: Path) -> None:
-        arrays: dict[str, np.ndarray] = {}
-        for k in range(len(self.positions)):
-            arrays |= {
-                f"{k}/positions": self.positions[k],
-                f"{k}/vacuum": self.vacuum[k],
-                f"{k}/water": self.water[k],
-            }
+        """See `write_arrays`."""
+        arrays = {f"{k}/{name}": values for k, run in enumerate(self.runs) for name, values in run.items()}
         write_arrays(path, FORMAT, arrays, self.header)
 
     @classmethod
     def read(cls, path: Path) -> StateSamples:
         """Raises what `read_arrays` raises."""
         header, arrays = read_arrays(path, FORMAT, "samples of a molecule")
-        positions, vacuum, water = (
-            tuple(arrays[f"{k}/{name}"] for k in range(len(header["temperatures"])))
-            for name in ("positions", "vacuum", "water")
-        )
-        return cls(positions, vacuum, water, header)
+        names = ("positions", "vacuum", "water", "last", "velocities")
+        runs = ({name: arrays[f"{k}/{name}"] for name in names} for k in range(len(header["temperatures"])))
+        return cls(tuple(runs), header)
 
 
 def sample_group(group: Group) -> dict[str, StateSamples]:
@@ -148,31 +176,43 @@ def sample_group(group: Group) -> dict[str, StateSamples]:
     pair = _loaded(group.pair)
     ends: dict[float, Potential] = {0.0: pair.vacuum, 1.0: pair.water}
     potential = ends.get(group.coupling) or Interpolated(pair.vacuum, pair.water, group.coupling)
-    runs = [structure for solute in group.solutes for structure in solute.structures]
-    results = iter(sample(potential, runs, group.settings, precision=group.precision, threads=1))
+    structures = [structure for solute in group.solutes for structure in solute.structures]
+    velocities = None
+    if group.starts is not None:
+        structures = [s.replace(positions=x) for s, (x, _) in zip(structures, group.starts, strict=True)]
+        velocities = [v for _, v in group.starts]
+    results = iter(
+        sample(potential, structures, group.settings, velocities=velocities, precision=group.precision, threads=1)
+    )
+    exact = {name: copy.deepcopy(p).double() for name, p in (("vacuum", pair.vacuum), ("water", pair.water))}
     found = {}
-    exact = [copy.deepcopy(p).double() for p in (pair.vacuum, pair.water)]
     for solute in group.solutes:
         own = [next(results) for _ in solute.structures]
         failures = [_failure(k, run) for k, run in enumerate(own) if run.failures]
-        given_up = [
-            text for run, text in zip((r for r in own if r.failures), failures, strict=True) if not run.finished
-        ]
-        if not all(run.finished for run in own) and not given_up:
+        given_up = [_failure(k, run) for k, run in enumerate(own) if run.failures and not run.finished]
+        if not given_up and not all(run.finished for run in own):
             return {}
-        frames = [run.positions.astype(np.float32) for run in own]
-        energies = [[_energies(p, solute.structures[k], x) for k, x in enumerate(frames)] for p in exact]
-        header = {
-            "numbers": solute.structures[0].numbers.tolist(),
-            "starts": fingerprint(solute),
-            "coupling": group.coupling,
-            "seed": group.settings.seed,
-            "temperatures": [run.temperature if len(run.positions) else None for run in own],
-            "failures": failures,
-            "broken": "; ".join(given_up),
-        }
-        found[solute.name] = StateSamples(tuple(frames), tuple(energies[0]), tuple(energies[1]), header)
+        found[solute.name] = StateSamples(
+            tuple(_frames(exact, solute.structures[k], run) for k, run in enumerate(own)),
+            {
+                "numbers": solute.structures[0].numbers.tolist(),
+                "starts": fingerprint(solute),
+                "coupling": group.coupling,
+                "seeds": [group.settings.seed],
+                "planned": group.frames,
+                "temperatures": [run.temperature if len(run.positions) else None for run in own],
+                "failures": failures,
+                "broken": "; ".join(given_up),
+            },
+        )
     return found
+
+
+def _frames(exact: dict[str, Potential], structure: Structure, run: MoleculeSamples) -> dict[str, np.ndarray]:
+    """What is kept of a run."""
+    positions = run.positions.astype(np.float32)
+    energies = {name: _energies(potential, structure, positions) for name, potential in exact.items()}
+    return {"positions": positions, **energies, "last": run.last, "velocities": run.velocities}
 
 
 def _failure(run: int, samples: MoleculeSamples) -> str:

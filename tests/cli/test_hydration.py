@@ -99,6 +99,36 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(models: dic
     assert found[0] == found[1] != found[2]
 
 
+def test_a_run_that_stops_or_is_made_longer_is_the_run_that_went_through(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--checkpoint", 0.5, "--conformers", 2)
+    whole, longer, stopped = (tmp_path / name for name in ("whole", "longer", "stopped"))
+    assert command("N#N", models, whole, *options, "--length", 1.5) == 0
+    assert command("N#N", models, longer, *options, "--length", 0.5) == 0
+    assert table(longer) != table(whole)
+    assert command("N#N", models, longer, *options, "--length", 1.5) == 0
+    real, calls = hydration.sample_group, iter(range(100))
+
+    def interrupted(group: Any) -> Any:
+        if next(calls) == 4:  # in the second stretch in water
+            raise KeyboardInterrupt
+        return real(group)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hydration, "sample_group", interrupted)
+        assert command("N#N", models, stopped, *options, "--length", 1.5) == 130
+    assert command("N#N", models, stopped, *options, "--length", 1.5) == 0
+    assert next(calls) == 5
+    for folder in (longer, stopped):
+        assert table(folder) == table(whole)
+        one, other = (hydration.StateSamples.read(f / "samples/water/N_N.safetensors") for f in (whole, folder))
+        assert one.header == other.header and one.header["planned"] == 30 and len(one.header["seeds"]) == 3
+        for a, b in zip(one.runs, other.runs, strict=True):
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
 def test_a_campaign_goes_on_reports_what_failed_and_takes_new_molecules(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +154,7 @@ def test_a_campaign_goes_on_reports_what_failed_and_takes_new_molecules(
     monkeypatch.setattr(hydration, "sample_group", counted)
     source.write_text("name,smiles,experiment\nfirst,N#N,-4.7\nsecond,N#N,-4.9\n", encoding="utf-8")
     assert command(source, models, output) == 0
-    assert simulated == ["second", "second"]  # vacuum and water
+    assert simulated == ["second", "second"]  # in vacuum and in water
     assert (output / "parity.png").stat().st_size > 5000
 
 
@@ -133,7 +163,7 @@ def test_other_settings_or_another_molecule_do_not_mix(
 ) -> None:
     output = tmp_path / "run"
     assert command("N#N", models, output, "--length", 1, "--name", "it") == 0
-    assert command("N#N", models, output, "--length", 2, "--name", "it") == 1
+    assert command("N#N", models, output, "--length", 1, "--name", "it", "--temperature", 310) == 1
     assert "sampling: " in capsys.readouterr().err
     assert command("N#N", models, output, "--length", 1, "--name", "it", water="far") == 1
     assert "models: " in capsys.readouterr().err
@@ -167,6 +197,20 @@ def test_a_molecule_that_breaks_is_reported_and_has_no_number(
     # what is known stays known
     assert command("N#N", models, tmp_path / "run", "--length", 1, water="torn") == 1
     assert "broken: water" in capsys.readouterr().err
+
+
+def test_a_run_that_broke_and_began_anew_says_so(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("N#N", models, tmp_path / "run", "--length", 1) == 0
+    path = tmp_path / "run" / "samples" / "water" / "N_N.safetensors"
+    samples = hydration.StateSamples.read(path)
+    samples.header["failures"] = ["run 0 broke 1 time(s), first at step 7: the bond is broken"]
+    samples.write(path)
+    assert command("N#N", models, tmp_path / "run", "--length", 1) == 0
+    assert "restarted: water: run 0 broke 1 time(s), first at step 7" in capsys.readouterr().out
+    (row,) = table(tmp_path / "run")
+    assert row["status"] == "restarted" and "water: run 0 broke" in row["message"] and row["free_energy_kcal_mol"]
 
 
 @pytest.mark.parametrize(
