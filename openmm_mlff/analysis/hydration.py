@@ -158,7 +158,7 @@ def plot_hydration(
     """Convergence with time, the distributions of dU, and for windows the overlap matrix (PNG).
 
     Args:
-        length: of the runs, ps. experiment: kcal/mol, drawn as a line.
+        length: of the runs, ps. experiment: kcal/mol, in the title, and a line where it lies near.
     """
     plt = pyplot()
     windows = len(found.couplings) > 2
@@ -183,9 +183,13 @@ def _draw_convergence(axis: Any, found: Hydration, length: float, experiment: fl
         axis.fill_between(time, value - error, value + error, color=colour, alpha=0.2, linewidth=0)
         axis.plot(time, value, color=colour, marker="o", markersize=3, label=label)
     value, error = found.value / EV_PER_KCAL_PER_MOL, found.error / EV_PER_KCAL_PER_MOL
+    title = f"{value:.2f} ± {error:.2f} kcal/mol"
     if experiment is not None:
-        axis.axhline(experiment, color=GREY, linestyle="--", linewidth=1, label=f"experiment, {experiment:.2f}")
-    axis.set_title(f"{value:.2f} ± {error:.2f} kcal/mol")
+        title += f" (experiment {experiment:.2f})"
+        low, high = axis.get_ylim()
+        if 2 * low - high < experiment < 2 * high - low:  # a line far away would flatten the curves
+            axis.axhline(experiment, color=GREY, linestyle="--", linewidth=1, label="experiment")
+    axis.set_title(title)
     axis.set_xlabel("time per state (ps)")
     axis.set_ylabel("hydration free energy (kcal/mol)")
     axis.set_xlim(0, length * 1.02)

@@ -26,7 +26,7 @@ def gaussian_states(couplings: np.ndarray, n: int, seed: int, width: float = WID
 def test_gaussian_differences_have_the_exact_free_energy(windows: int) -> None:
     """F = mean - width^2 / (2 kT), the cumulant expansion that ends at its second term."""
     couplings, exact = np.linspace(0, 1, windows), MEAN - WIDTH**2 / (2 * KT)
-    found = [hydration(gaussian_states(couplings, 400, seed), couplings, 298.15, points=2) for seed in range(20)]
+    found = [hydration(gaussian_states(couplings, 400, seed), couplings, 298.15, points=2) for seed in range(12)]
     z = np.array([(h.value - exact) / h.error for h in found])
     assert abs(z.mean()) < 3 / np.sqrt(len(z)) and 0.5 < z.std() < 1.5
     assert found[0].frames == [400] * windows
