@@ -74,7 +74,7 @@ def run(
     simulation.minimizeEnergy(maxIterations=args.minimization)
     simulation.context.setVelocitiesToTemperature(TEMPERATURE, args.seed)
     both, frames, differences = BothEnergies(system), [], []
-    every = max(1, round(100.0 / args.timestep))  # 0.1 ps
+    every = max(1, round(min(100.0, 200.0 * args.picoseconds) / args.timestep))  # 0.1 ps in all but tiny runs
     total = max(5, round(1000.0 * args.picoseconds / args.timestep / every))
     for k in range(total + total // 5):
         simulation.step(every)
@@ -84,7 +84,7 @@ def run(
         if (k + 1) % max(1, total // 3) == 0:
             print(f"  {phase}: {(k + 1) * every * args.timestep / 1000:.1f} ps", flush=True)
     trajectory = mdtraj.Trajectory(np.array(frames), mdtraj.Topology.from_openmm(topology))
-    trajectory.time = 0.1 * np.arange(len(frames))
+    trajectory.time = every * args.timestep / 1000.0 * np.arange(len(frames))
     return trajectory, np.array(differences)
 
 

@@ -50,8 +50,9 @@ def randomised(model: Any) -> Any:
 def so3krates(seed: int, **options: Any) -> SO3krates:
     """A fast network of the kind that ReSolv is trained with, in float64."""
     torch.manual_seed(seed)
-    small: dict[str, Any] = {"num_features": 16, "num_layers": 1, "num_heads": 2, "num_basis_functions": 6}
-    small |= {"degrees": (1, 2), "avg_num_neighbors": 4.0, "elements": (1, 6, 7, 8)}
+    # sizes whose native code other tests compile too
+    small: dict[str, Any] = {"num_features": 16, "num_layers": 1, "num_heads": 4, "num_basis_functions": 6}
+    small |= {"degrees": (2, 3), "avg_num_neighbors": 4.0, "elements": (1, 6, 7, 8)}
     return randomised(SO3krates(SO3kratesConfig(**NETWORK_ALONE | small | options)).double())
 
 

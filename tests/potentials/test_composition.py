@@ -54,9 +54,9 @@ def networks() -> tuple[SO3krates, SpookyNet]:
     """One with native code and a short cutoff, one with long-range terms."""
     torch.manual_seed(1)
     off = dict.fromkeys(("use_electrostatics", "use_dispersion", "predict_charges", "predict_hirshfeld"), False)
-    # a multiple of 16 features, so that there is native code
-    small: dict[str, Any] = {"num_features": 16, "num_layers": 1, "num_heads": 2, "num_basis_functions": 6, **off}
-    so3krates = SO3krates(SO3kratesConfig(degrees=(1, 2), elements=(1, 6, 7, 8), **small)).double().eval()
+    # sizes whose native code other tests compile too
+    small: dict[str, Any] = {"num_features": 16, "num_layers": 1, "num_heads": 4, "num_basis_functions": 6, **off}
+    so3krates = SO3krates(SO3kratesConfig(degrees=(2, 3), elements=(1, 6, 7, 8), **small)).double().eval()
     spookynet = SpookyNet(SpookyNetConfig(num_features=8, num_modules=1)).double().eval()
     return so3krates, spookynet
 
