@@ -120,8 +120,8 @@ class MoleculeGuard:
     Attributes:
         start: positions of all molecules at which they are sound, ``(n_atoms, 3)`` angstrom.
         bonds: pairs among all atoms, ``(n_bonds, 2)``. longest: length at which each counts as broken, angstrom.
-        max_force: kJ/mol/nm. held: which molecules are held, ``(n,)`` bool. failures: one for every time that a
-            molecule was held.
+        max_force: kJ/mol/nm. held: which molecules are held, ``(n,)`` bool; whoever puts one back makes it False.
+        failures: one for every time that a molecule was held.
     """
 
     start: np.ndarray
@@ -130,10 +130,6 @@ class MoleculeGuard:
     max_force: float = DEFAULT_MAX_FORCE
     held: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=bool))
     failures: list[Failure] = dataclasses.field(default_factory=list)
-
-    def release(self, molecule: int) -> None:
-        """Evaluate a molecule where OpenMM's particles are again."""
-        self.held[molecule] = False
 
 
 class MoleculesComputation(ForceComputation):
@@ -195,11 +191,18 @@ class MoleculesComputation(ForceComputation):
         self._guard = guard
 
     def describe(self, i: int) -> str:
-        """An atom by its index within its molecule, e.g. ``'atom 17 (C) of molecule 3'``."""
+        """An atom as the user knows it.
+
+        For example ``'atom 17 (C) of molecule 3'`` with the index within the molecule or, of a force on some atoms
+        only, ``'particle 170 (C) of molecule 3'`` with the index in the system.
+        """
         return f"{self._within(i)} of molecule {self._segment[i]}"
 
     def _within(self, i: int) -> str:
-        return f"atom {i - self.offsets[self._segment[i]]} ({SYMBOLS[self.spec.numbers[i]]})"
+        own = (
+            f"atom {i - self.offsets[self._segment[i]]}" if self.spec.atoms is None else f"particle {self.particle(i)}"
+        )
+        return f"{own} ({SYMBOLS[self.spec.numbers[i]]})"
 
     def _within_from(self, first: int, i: int) -> str:
         return self._within(first + i)
@@ -212,14 +215,19 @@ class MoleculesComputation(ForceComputation):
             return super()._evaluate(state)
         positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
         self.positions = positions
-        broken = self._broken(positions, guard)
-        for molecule, reason in broken.items():
+        for molecule, reason in self._broken(positions, guard).items():
             self._hold(molecule, reason, guard, state)
-        if guard.held.any():
-            # the batch keeps its shape: what is held is evaluated where it was good
-            positions = np.where(guard.held[self._segment, None], self._good, positions)
+        # the batch keeps its shape: what is held is evaluated where it was good
+        positions = self._sound(positions, guard)
         with _threads(self._n_threads()):
-            energies, forces = self._get_evaluator(positions, None).arrays(positions, None)
+            try:
+                energies, forces = self._get_evaluator(positions, None).arrays(positions, None)
+            except ValueError as error:
+                # a model may refuse atoms at one place; the others go on without that molecule
+                if not self._hold_coincident(positions, guard, state):
+                    raise error
+                positions = self._sound(positions, guard)
+                energies, forces = self._get_evaluator(positions, None).arrays(positions, None)
         energies, forces = energies * KJ_PER_MOL_PER_EV, forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         if not (np.abs(forces).max() <= guard.max_force and np.isfinite(energies).all()):
             self._hold_unstable(energies, forces, positions, guard, state)
@@ -227,9 +235,12 @@ class MoleculesComputation(ForceComputation):
             forces[guard.held[self._segment]] = 0.0
             before = np.zeros_like(energies) if self.energies is None else self.energies
             energies = np.where(guard.held, before, energies)
-            positions = np.where(guard.held[self._segment, None], self._good, positions)
-        self._good, self.energies = positions, energies
+        self._good, self.energies = self._sound(positions, guard), energies
         return float(energies.sum()), np.ascontiguousarray(forces)
+
+    def _sound(self, positions: np.ndarray, guard: MoleculeGuard) -> np.ndarray:
+        """Positions with those of held molecules replaced by their last good ones."""
+        return np.where(guard.held[self._segment, None], self._good, positions) if guard.held.any() else positions
 
     def _broken(self, positions: np.ndarray, guard: MoleculeGuard) -> dict[int, str]:
         """Molecules, not held yet, whose positions are not numbers or whose bonds are broken, with the reason."""
@@ -252,6 +263,16 @@ class MoleculesComputation(ForceComputation):
             found.setdefault(int(self._bond_molecule[b]), text)
         return found
 
+    def _hold_coincident(self, positions: np.ndarray, guard: MoleculeGuard, state: openmm.State) -> bool:
+        """Hold molecules with two atoms at the same place; whether there were any."""
+        before = guard.held.sum()
+        for k in np.flatnonzero(~guard.held).tolist():
+            describe = functools.partial(self._within_from, int(self.offsets[k]))
+            error = checks.coincident(positions[self._each()[k]], None, describe, _when(state))
+            if error is not None:
+                self._hold(k, str(error), guard, state)
+        return bool(guard.held.sum() > before)
+
     def _hold_unstable(
         self,
         energies: np.ndarray,
@@ -262,9 +283,10 @@ class MoleculesComputation(ForceComputation):
     ) -> None:
         when, limit = _when(state), guard.max_force
         for k in np.flatnonzero(~self._calm(energies, forces, limit) & ~guard.held).tolist():
-            atoms, first = self._each()[k], int(self.offsets[k])
+            atoms = self._each()[k]
+            describe = functools.partial(self._within_from, int(self.offsets[k]))
             own = (float(energies[k]), forces[atoms], positions[atoms])
-            error = checks.unstable(*own, None, limit, functools.partial(self._within_from, first), when)
+            error = checks.unstable(*own, None, limit, describe, when)
             self._hold(k, str(error), guard, state)
 
     def _hold(self, molecule: int, reason: str, guard: MoleculeGuard, state: openmm.State) -> None:
@@ -279,6 +301,9 @@ class MoleculesComputation(ForceComputation):
     def _get_evaluator(self, positions: np.ndarray, cell: np.ndarray | None) -> CopiesEvaluator:
         if self._evaluator is None:
             common, structures = self.spec, self._structures(positions, cell)
+            # a potential in memory may be exchanged in the middle of a run, whose start was checked
+            for structure in structures if self._potential is None else []:
+                self.model.check_geometry(structure)
             self._evaluator = CopiesEvaluator(self.model, structures, common.compile, common.batch, isolated=True)
         assert isinstance(self._evaluator, CopiesEvaluator)
         return self._evaluator

@@ -131,7 +131,9 @@ def sample(
         precision, compile, threads: as for `Molecules.from_potential`.
         progress: show a bar. say: is told, in a line each, of molecules that broke.
 
-    Returns: one result per structure, in their order. The same arguments give the same numbers on the CPU.
+    Returns: one result per structure, in their order. The same arguments give the same numbers on the CPU, as long as
+    no other simulation runs in this process at the same time: OpenMM's Reference platform has one stream of random
+    numbers for all of them.
 
     Raises `ValueError` naming the argument. Ctrl-C and SIGTERM end the run: whoever handles the signal gets the
     results so far with ``finished=False``; where nobody does, `SamplingStopped` holds them.

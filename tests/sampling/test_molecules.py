@@ -388,6 +388,25 @@ def test_a_held_molecule_has_no_forces() -> None:
     assert len(molecules.failures) == 1
 
 
+def test_atoms_at_one_place(tiny_model: str, three: tuple[list[app.Topology], list[np.ndarray]]) -> None:
+    """Where the model itself refuses a molecule, the others still have their energies and forces."""
+    structures = [_structure(t, x).replace(info={"topology_bonds": []}) for t, x in zip(*three, strict=True)]
+    molecules = Molecules.from_potential(load_potential(tiny_model), structures, compile=False)
+    context = molecules.context(openmm.VerletIntegrator(0.0005))
+    molecules.set_positions(context)
+    before = molecules.frame(context)
+    clash = [s.positions / 10 for s in structures]
+    clash[1] = clash[1].copy()
+    clash[1][30] = clash[1][8]
+    molecules.set_positions(context, clash)
+    after = molecules.frame(context)
+    assert molecules.held.tolist() == [False, True, False]
+    assert "atom 8 (C) and atom 30 (C) are at the same place" in molecules.failures[0].reason
+    for k in (0, 2):
+        np.testing.assert_array_equal(before.forces[k], after.forces[k])
+    np.testing.assert_array_equal(before.potential, after.potential)
+
+
 def test_broken_bonds() -> None:
     """Methane: a hydrogen 1.8 angstrom from its carbon has left it; one that was given no bond may go."""
     tetrahedron = np.array([[0, 0, 0], [1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]]) * 1.09 / np.sqrt(3)
