@@ -96,7 +96,8 @@ def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_prints_the_help_with_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     output = capsys.readouterr().out
-    assert all(f"\n    {name} " in output for name in cli.COMMANDS)
+    # argparse puts the help of a long name below it
+    assert set(cli.COMMANDS) <= {line.split()[0] for line in output.splitlines() if line.startswith("    ")}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
