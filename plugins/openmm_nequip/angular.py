@@ -99,6 +99,11 @@ class Path:
     degree: int
     target: str
 
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """The degrees of the three."""
+        return degree_of(self.source), self.degree, degree_of(self.target)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -7,7 +7,7 @@ Symbols: N atoms, S slots for neighbours, F features, B Bessel functions, P path
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from openmm_nequip.angular import Plan, clebsch_gordan, degree_of
 from openmm_nequip.config import NequIPConfig
+from openmm_nequip.messages import Messages
 
 #: Root mean squares of swish and tanh over a normal distribution, as the published networks hold them: means over a
 #: million quantiles. The integrals are 0.5964692 and 0.6279287, which would change energies by 1e-4 of themselves.
@@ -33,6 +34,10 @@ class Geometry:
     index: Tensor  # (N, S)
     basis: Tensor  # (N, S, B), zero for padding and beyond the cutoff
     harmonics: list[Tensor]  # (N, 2l+1, S) for every degree
+    couplings: Couplings
+    # for the C++ kernel; None where second derivatives may be needed
+    active: Tensor | None = None  # (N, S), zero for padding and beyond the cutoff
+    pair_couplings: Tensor | None = None  # (N, S, couplings.size)
 
 
 @dataclass
@@ -92,29 +97,54 @@ class RadialNetwork(nn.Module):
         return x @ self.weights[-1]
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W / sqrt(K): ``(N, m, K)``, ``(K, F)`` -> ``(N, m, F)``."""
+    rows = x.reshape(-1, x.shape[-1]) @ weight
+    return rows.view(*x.shape[:-1], -1) / math.sqrt(weight.shape[0])
+
+
 # -- convolution -----------------------------------------------------------------------------------------------------
 
 
-class Coupling(nn.Module):
-    """sqrt(2c+1) times the Clebsch-Gordan coefficients of one kind of product, ``(2c+1, (2b+1)(2a+1))``."""
+class Couplings(nn.Module):
+    """sqrt(2c+1) times the Clebsch-Gordan coefficients of all kinds (a, b, c) of products that a network makes.
 
-    matrix: Tensor
+    Attributes:
+        start: where the block ``(2c+1, 2a+1)`` of each kind begins in `of_pairs`. size: numbers per pair there.
+    """
 
-    def __init__(self, a: int, b: int, c: int) -> None:
+    def __init__(self, kinds: Iterable[tuple[int, int, int]]) -> None:
         super().__init__()
-        block = math.sqrt(2 * c + 1) * clebsch_gordan(a, b, c).transpose(2, 1, 0).reshape(2 * c + 1, -1)
-        self._exact = torch.from_numpy(block.copy())
-        self.register_buffer("matrix", self._exact.clone(), persistent=False)
+        self._exact: dict[str, Tensor] = {}
+        self.start: dict[tuple[int, int, int], int] = {}
+        self.size = 0
+        by_degree: dict[int, list[Tensor]] = {}
+        for a, b, c in sorted(kinds, key=lambda kind: kind[1]):
+            block = torch.from_numpy(math.sqrt(2 * c + 1) * clebsch_gordan(a, b, c))
+            self._exact[f"moments_{a}{b}{c}"] = block.permute(2, 1, 0).reshape(2 * c + 1, -1)
+            by_degree.setdefault(b, []).append(block.permute(1, 2, 0).reshape(2 * b + 1, -1))
+            self.start[a, b, c] = self.size
+            self.size += (2 * c + 1) * (2 * a + 1)
+        self.degrees = sorted(by_degree)
+        self._exact |= {f"pairs_{b}": torch.cat(blocks, 1) for b, blocks in by_degree.items()}
+        for name, exact in self._exact.items():
+            self.register_buffer(name, exact.contiguous(), persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coupling:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Couplings:
         super()._apply(fn, recurse)
         # a model that was float32 and becomes float64 must not keep coefficients rounded to float32
-        self.matrix = self._exact.to(self.matrix)
+        for name, exact in self._exact.items():
+            setattr(self, name, exact.contiguous().to(getattr(self, name)))
         return self
 
-    def forward(self, moments: Tensor) -> Tensor:
+    def of_moments(self, kind: tuple[int, int, int], moments: Tensor) -> Tensor:
         """sum_ij C_ijk M_ji: ``(N, (2b+1)(2a+1), F)`` -> ``(N, 2c+1, F)``."""
-        return self.matrix @ moments
+        return getattr(self, "moments_{}{}{}".format(*kind)) @ moments
+
+    def of_pairs(self, harmonics: list[Tensor]) -> Tensor:
+        """sum_j C_ijk Y_j of every pair, from Y ``(N, S, 2b+1)``: all kinds one after the other, ``(N, S, size)``."""
+        blocks = [harmonics[b] @ getattr(self, f"pairs_{b}") for b in self.degrees]
+        return torch.cat(blocks, -1)
 
 
 class Convolution(nn.Module):
@@ -123,7 +153,9 @@ class Convolution(nn.Module):
     h_i' = gate( W_sc[Z_i] h_i + W_out sum_j sum_paths w_p(r_ij) (W_in h_j (x) Y(u_ij))_p / num_neighbors )
     """
 
-    def __init__(self, c: NequIPConfig, plan: Plan) -> None:
+    table: Tensor
+
+    def __init__(self, c: NequIPConfig, plan: Plan, couplings: Couplings) -> None:
         super().__init__()
         self.plan, features = plan, c.num_features
         self.num_features, self.num_neighbors = features, c.num_neighbors
@@ -138,18 +170,18 @@ class Convolution(nn.Module):
         self.linear_in = nn.ParameterDict({x: torch.randn(features, features) for x in plan.sources})
         self.radial = RadialNetwork(c, len(plan.paths))
         self.linear_out = nn.ParameterDict({x: torch.randn(n, widths[x]) for x, n in fan_in.items() if n})
-        kinds = sorted({(degree_of(p.source), p.degree, degree_of(p.target)) for p in plan.paths})
-        self.couplings = nn.ModuleDict({f"{a}{b}{c}": Coupling(a, b, c) for a, b, c in kinds})
+        table, self.targets = kernel_table(plan, couplings)
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, h: Features, elements: ByElement, g: Geometry) -> Features:
-        source = {x: h[x] @ self.linear_in[x] / math.sqrt(self.num_features) for x in self.plan.sources}
-        received = self.messages(source, self.radial(g.basis), g)
+        source = {x: linear(h[x], self.linear_in[x]) for x in self.plan.sources}
+        messages = self.messages if g.pair_couplings is None else self.kernel_messages
+        received = messages(source, self.radial(g.basis), g)
         out = {}
         for x in self.plan.outputs:
             terms = []
             if x in received:
-                weight = self.linear_out[x]
-                terms.append(received[x] @ (weight / (self.num_neighbors * math.sqrt(weight.shape[0]))))
+                terms.append(linear(received[x], self.linear_out[x]) / self.num_neighbors)
             if x in self.self_connection:
                 terms.append(elements.linear(h[x], self.self_connection[x]) / self.divisor)
             out[x] = sum(terms[1:], terms[0])
@@ -173,10 +205,17 @@ class Convolution(nn.Module):
             weighted = per_path[:, :, k : k + len(together)] * neighbor[x][:, :, None]  # (N, S, P, 2a+1, F)
             moments = (g.harmonics[degree] @ weighted.flatten(2)).unflatten(2, weighted.shape[2:])
             for path, moment in zip(together, moments.unbind(2), strict=True):  # (N, 2b+1, 2a+1, F)
-                coupling = self.couplings[f"{degree_of(x)}{degree}{degree_of(path.target)}"]
-                found.setdefault(path.target, []).append(coupling(moment.flatten(1, 2)))
+                found.setdefault(path.target, []).append(g.couplings.of_moments(path.kind, moment.flatten(1, 2)))
             k += len(together)
         return {x: torch.cat(parts, -1) for x, parts in found.items()}
+
+    def kernel_messages(self, source: Features, weights: Tensor, g: Geometry) -> Features:
+        """The same by the C++ kernel, which has first derivatives only."""
+        stacked = torch.cat(list(source.values()), 1)
+        rows = [n * m for n, m in self.targets.values()]
+        out = Messages.apply(stacked, weights, g.pair_couplings, g.active, g.index, self.table, sum(rows))
+        parts = zip(self.targets.items(), out.split(rows, 1), strict=True)
+        return {x: part.reshape(len(part), m, -1) for (x, (_, m)), part in parts}
 
     def gate(self, x: Features) -> Features:
         """Scalars through swish or, where they change sign in a mirror, tanh; the others times a swish of scalars."""
@@ -187,6 +226,29 @@ class Convolution(nn.Module):
         for name, gate in zip(self.plan.gated, gates, strict=True):
             out[name] = x[name] * silu(gate) / SWISH_RMS
         return out
+
+
+def kernel_table(plan: Plan, couplings: Couplings) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """What the C++ kernel is told of the paths, ``(paths, 6)`` int64, and (number of paths, 2c+1) of every target.
+
+    The kernel writes the first component of all paths to a target, then the second, and so on.
+    """
+    starts, row = {}, 0
+    for x in plan.sources:
+        starts[x] = row
+        row += 2 * degree_of(x) + 1
+    targets = {x: (len(plan.into(x)), 2 * degree_of(x) + 1) for x in plan.outputs if plan.into(x)}
+    first, row = {}, 0
+    for x, (n, m) in targets.items():
+        first[x] = row
+        row += n * m
+    lines = []
+    for p in plan.paths:
+        a, _, c = p.kind
+        n, _ = targets[p.target]
+        place = first[p.target] + plan.into(p.target).index(p)
+        lines.append([starts[p.source], 2 * a + 1, 2 * c + 1, couplings.start[p.kind], place, n])
+    return torch.tensor(lines, dtype=torch.int64), targets
 
 
 def element_table(elements: tuple[int, ...], largest: int) -> Any:

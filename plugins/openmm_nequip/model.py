@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_mlff.data.structures import Batch
-from openmm_mlff.potentials.potential import Potential, Prediction
+from openmm_mlff.data.structures import Batch, Structure
+from openmm_mlff.potentials.evaluator import Evaluator
+from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
+from openmm_nequip import messages
 from openmm_nequip.angular import plans, spherical_harmonics
 from openmm_nequip.config import Z_MAX, NequIPConfig
-from openmm_nequip.layers import BesselBasis, ByElement, Convolution, Features, Geometry, element_table
+from openmm_nequip.layers import BesselBasis, ByElement, Convolution, Couplings, Features, Geometry, element_table
 
 
 @dataclass
@@ -28,6 +30,20 @@ class Fixed:
     embedding: Tensor  # (N, 1, F)
     elements: ByElement
     energy_shift: Tensor  # (N,) float64
+
+
+class NequIPEvaluator(Evaluator):
+    """As every evaluator; what compile='auto' runs op by op uses the C++ kernel of the messages where it can."""
+
+    def eager(self, batch: Batch) -> Evaluation:
+        model = self.model
+        before = model.first_derivatives_only
+        # compiled graphs hold the kernel too, and are compared with a run without it
+        model.first_derivatives_only = self.compile == "auto"
+        try:
+            return super().eager(batch)
+        finally:
+            model.first_derivatives_only = before
 
 
 class NequIP(Potential):
@@ -49,7 +65,9 @@ class NequIP(Potential):
         # unit variance after the division by the root of one_hot_length
         self.element_embedding = nn.Parameter(math.sqrt(c.one_hot_length) * torch.randn(len(c.elements), features))
         self.radial_basis = BesselBasis(c)
-        self.layers = nn.ModuleList(Convolution(c, plan) for plan in plans(c))
+        steps = plans(c)
+        self.couplings = Couplings({path.kind for plan in steps for path in plan.paths})
+        self.layers = nn.ModuleList(Convolution(c, plan, self.couplings) for plan in steps)
         self.energy_hidden = nn.Parameter(torch.randn(features, features // 2))
         self.energy_out = nn.Parameter(torch.randn(features // 2, 1))
         self.atomic_shift = nn.Parameter(torch.zeros(len(c.elements)))
@@ -60,6 +78,17 @@ class NequIP(Potential):
         for name, value in (("charge", charge), ("multiplicity", multiplicity)):
             if int(value) != value:
                 raise ValueError(f"{name}: expected a whole number, got {value!r}")
+
+    def evaluator(
+        self,
+        batch: Batch | Structure | Sequence[Structure],
+        outputs: Sequence[str] = ("energy", "forces"),
+        compile: bool | str = False,
+    ) -> Evaluator:
+        """As in the base class; 'auto' without a compiled graph runs the messages in C++ (see `messages`)."""
+        if not isinstance(batch, Batch):
+            batch = self.batch(batch)
+        return NequIPEvaluator(self, batch, outputs=tuple(outputs), compile=compile)
 
     # -- what the elements decide ----------------------------------------------------------------------------
 
@@ -99,11 +128,16 @@ class NequIP(Potential):
         r = vectors.square().sum(-1).sqrt()
         # a message to i from j is a function of R_i - R_j
         harmonics = spherical_harmonics(-vectors / r[..., None], self.config.max_degree)
-        return Geometry(
+        geometry = Geometry(
             index=batch.neighbors.index,
             basis=self.radial_basis(r),
             harmonics=[y.transpose(1, 2).contiguous() for y in harmonics],
+            couplings=self.couplings,
         )
+        if self.first_derivatives_only and messages.usable(r.device):
+            geometry.active = (r.detach() < self.cutoff).to(r.dtype)
+            geometry.pair_couplings = self.couplings.of_pairs(harmonics)
+        return geometry
 
     def atomic_energies(self, scalars: Tensor) -> Tensor:
         """Contributions e_i of the network before scaling, ``(N, F)`` -> ``(N,)`` float64."""

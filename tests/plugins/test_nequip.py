@@ -286,7 +286,7 @@ def test_the_trainer_fits_it(tmp_path: Path) -> None:
         "seed": 4,
         "batch_size": 8,
         "model": {"num_features": 8, "num_layers": 2, "radial_features": 16, "num_neighbors": 2.0, "elements": [1, 8]},
-        "loop": {"steps": 100, "validate_every": 50, "warmup_steps": 5, "learning_rate": 1e-2, "ema_decay": 0.9},
+        "loop": {"steps": 60, "validate_every": 30, "warmup_steps": 5, "learning_rate": 1e-2, "ema_decay": 0.9},
         "loss": {"energy": 1.0, "forces": 1.0},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from openmm_mlff.testing import PotentialContract
@@ -22,6 +23,7 @@ class TestContract(NequIPContract):
         return NequIP(NequIPConfig(num_features=8, num_layers=3, radial_features=16, radial_layers=2))
 
 
+@pytest.mark.slow
 class TestContractWithoutPseudotensors(NequIPContract):
     """As NequIP is used where parity is left out; elements in another order than in the periodic table."""
 
