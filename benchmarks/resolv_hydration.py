@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from _common import HERE, machine, write
 from _resolv import FOLDER, SEED, TEMPERATURE, Molecule, molecules
-from resolv_water import start, vacuum_folder
+from resolv_water import starts, vacuum_folder
 from rich.console import Console
 
 from openmm_mlff.analysis import free_energy
@@ -47,7 +47,7 @@ def order() -> list[Molecule]:
 
 
 def frames_of(
-    chosen: list[Molecule], model: Path, vacuum: Potential, folder: Path, settings: LangevinSettings, processes: int
+    chosen: list[Molecule], model: Path, vacuum: Path, folder: Path, settings: LangevinSettings, processes: int
 ) -> dict[str, Frames]:
     """Simulations with one potential, in groups of molecules that are kept."""
     found: dict[str, Frames] = {}
@@ -59,7 +59,7 @@ def frames_of(
             for name, file in json.loads(listed.read_text(encoding="utf-8")).items():
                 found[name] = Frames.read(place / file, name)
             continue
-        structures = {m.key: start(m, vacuum) for m in group}
+        structures = {m.key: s for m, s in zip(group, starts(group, vacuum), strict=True)}
         nothing = dict.fromkeys(structures)
         made = sample_groups(model, structures, nothing, settings, place, seed=first + 1, processes=processes)
         listed.write_text(json.dumps({name: f.file.name for name, f in made.items()}), encoding="utf-8")
@@ -146,20 +146,19 @@ def main() -> None:
     parser.add_argument("--ps", type=float, default=100.0)
     parser.add_argument("--processes", type=int, default=4)
     args = parser.parse_args()
-    vacuum_model = (args.vacuum or vacuum_folder()) / MODEL
-    vacuum = load_potential(vacuum_model)
+    trained = args.vacuum or vacuum_folder()
+    vacuum = load_potential(trained / MODEL)
     settings = LangevinSettings(
         temperature=TEMPERATURE, equilibration=10.0, length=args.ps, interval=0.5, minimization_steps=100, batch=GROUP
     )
     chosen = order() if args.split == "test" else [m for m in molecules() if m.split == "valid"]
     chosen = chosen[: args.molecules]
     place = FOLDER / f"hydration_{args.split}"
-    common = (chosen, vacuum_model, vacuum, place / f"vacuum_{vacuum_model.parent.name}", settings, args.processes)
-    in_vacuum = frames_of(*common)
+    in_vacuum = frames_of(chosen, trained / MODEL, trained, place / trained.name, settings, args.processes)
     if args.water is None:
         return
     water = load_potential(args.water)
-    in_water = frames_of(chosen, args.water, vacuum, place / args.water.parent.name, settings, args.processes)
+    in_water = frames_of(chosen, args.water, trained, place / args.water.parent.name, settings, args.processes)
     rows: list[dict[str, Any]] = []
     for m in chosen:
         about = {"name": m.name, "smiles": m.smiles, "experiment": m.experiment, "uncertainty": m.uncertainty}

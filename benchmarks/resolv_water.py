@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ from _common import HERE
 from _resolv import FOLDER, SEED, TEMPERATURE, Molecule, molecules
 
 from openmm_mlff.data.molecules import embed_smiles
+from openmm_mlff.data.shards import read_shard, write_shard
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential
-from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.sampling.molecule_runs import LangevinSettings
 from openmm_mlff.training.run import MODEL
 from openmm_mlff.training.solvation import SolvationTraining
@@ -38,11 +39,18 @@ def vacuum_folder() -> Path:
     return FOLDER / f"vacuum_{chosen}"
 
 
-def start(molecule: Molecule, vacuum: Potential) -> Structure:
-    """The conformer of least energy in vacuum among a few."""
-    conformers = embed_smiles(molecule.smiles, CONFORMERS, seed=SEED % 100_000 + molecule.index)
-    energies = [vacuum.energy_and_forces(s)[0] for s in conformers]
-    return conformers[int(np.argmin(energies))].replace(group=molecule.key)
+def starts(chosen: Sequence[Molecule], vacuum: Path) -> list[Structure]:
+    """Of every molecule the conformer of least energy in vacuum among a few; kept beside the vacuum potential."""
+    model, folder = load_potential(vacuum / MODEL), vacuum / "starts"
+    found = []
+    for m in chosen:
+        path = folder / f"{m.key}.safetensors"
+        if not path.exists():
+            conformers = embed_smiles(m.smiles, CONFORMERS, seed=SEED % 100_000 + m.index)
+            energies = [model.energy_and_forces(s)[0] for s in conformers]
+            write_shard(path, [conformers[int(np.argmin(energies))].replace(group=m.key)])
+        found += read_shard(path)
+    return found
 
 
 def main() -> None:
@@ -51,6 +59,7 @@ def main() -> None:
     parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: the chosen one)")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--fluctuation", type=float, default=0.0)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--least-effective", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=4)
@@ -60,12 +69,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--molecules", type=int, help="only so many of each split, to try it")
     args = parser.parse_args()
-    vacuum = load_potential((args.vacuum or vacuum_folder()) / MODEL)
+    place = args.vacuum or vacuum_folder()
+    vacuum = load_potential(place / MODEL)
     chosen = [m for m in molecules() if m.sound and m.split in ("train", "valid")]
     if args.molecules:
         by_split = [[m for m in chosen if m.split == split][: args.molecules] for split in ("train", "valid")]
         chosen = [m for group in by_split for m in group]
-    targets = [Target(m.key, start(m, vacuum), m.experiment * EV_PER_KCAL_PER_MOL, m.split) for m in chosen]
+    targets = [
+        Target(m.key, structure, m.experiment * EV_PER_KCAL_PER_MOL, m.split)
+        for m, structure in zip(chosen, starts(chosen, place), strict=True)
+    ]
     sampling = LangevinSettings(
         temperature=TEMPERATURE,
         length=args.ps,
@@ -79,6 +92,7 @@ def main() -> None:
         rounds=args.rounds,
         epochs=args.epochs,
         learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
         final_learning_rate=0.1 * args.learning_rate,
         least_effective=args.least_effective,
         fluctuation=args.fluctuation,
