@@ -29,10 +29,10 @@ SITES = np.array([[0.1, 0.1, 0.1], [0.6, 0.1, 0.6], [0.1, 0.6, 0.6], [0.6, 0.6, 
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     config = SO3kratesConfig(
-        num_features=16, num_layers=1, num_heads=2, degrees=(1,), num_basis_functions=4, hirshfeld_features=8,
+        num_features=16, num_layers=1, num_heads=2, degrees=(1, 2), num_basis_functions=4, hirshfeld_features=8,
         elements=(1, 8),
     )  # fmt: skip
-    model = SO3krates(config)
+    model = SO3krates(config).double()
     with torch.no_grad():
         model.charge_bias[1], model.charge_bias[8] = 0.4, -0.8
     return save_potential(model.eval(), tmp_path_factory.mktemp("model") / "tiny.safetensors")

@@ -90,10 +90,13 @@ def test_a_short_peptide_runs(repository: Path, shared: Path, tmp_path: Path) ->
     assert (tmp_path / "helix.png").stat().st_size > 5000
 
 
-def test_missing_weights_are_explained(repository: Path, tmp_path: Path) -> None:
-    done = run(repository, "--model", tmp_path / "none.npz", "--output", tmp_path)
-    assert done.returncode == 1 and "There is no file at" in done.stderr
+def test_missing_weights_are_explained(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [NAME, "--model", str(tmp_path / "none.npz"), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"There is no file at .*none\.npz"):
+        example.main()
     if importlib.util.find_spec("so3krates_torch") is not None:
         pytest.skip("so3krates-torch is installed, so the weights are here")
-    done = run(repository, "--output", tmp_path, OPENMM_MLFF_CACHE=str(tmp_path))
-    assert done.returncode == 1 and "openmm-mlff[so3lr]" in done.stderr and "fetch so3lr" in done.stderr
+    monkeypatch.setenv("OPENMM_MLFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [NAME, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"openmm-mlff\[so3lr\].*fetch so3lr"):
+        example.main()

@@ -52,6 +52,11 @@ class TestContractOfTheNetworkAlone(SO3kratesContract):
         )
         return random_model(0, initial_euclidean="neighbors", degrees=(1, 2), **off)
 
+    # which terms a model has makes no difference to how it is stored; `TestContract` has the fast one
+    @pytest.mark.slow
+    def test_openmm_in_a_fresh_process(self) -> None:
+        super().test_openmm_in_a_fresh_process()
+
 
 class SO3LRContract(SO3kratesContract):
     # the charge that is left over, and the embedded charge and spin, are spread over all atoms of the system
@@ -66,6 +71,10 @@ class TestContract(SO3LRContract):
 class TestContractWithLongRangeCutoff(SO3LRContract):
     def make(self) -> SO3krates:
         return random_model(2, long_range_cutoff=7.0, num_layers=1, normalization="rms", qk_normalization=True)
+
+    @pytest.mark.slow
+    def test_openmm_in_a_fresh_process(self) -> None:
+        super().test_openmm_in_a_fresh_process()
 
 
 @pytest.mark.slow
