@@ -361,11 +361,12 @@ def draw(result: dict[str, Any]) -> None:
             right.annotate(
                 f"{row['survived']}/{RUNS}", (middle, 1.5 * longest), ha="center", fontsize=8, color=COLORS[name]
             )
-    right.set_yscale("log")
-    right.set_ylim(top=2.4 * longest)
+    right.set(yscale="log", ylim=(0.3, 2.4 * longest))
+    right.set_yticks([0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0], ["0.5", "1", "2", "5", "10", "25", "50"])
+    right.minorticks_off()
     right.set_xticks(range(len(result["temperatures"])), [f"{t:.0f} K" for t in result["temperatures"]])
-    right.set_ylabel("ps until a bond failed, or until the end")
-    right.set_title("crosses: failed; triangles: whole at the end of the run", fontsize=9)
+    right.set_ylabel("time to failure, or length of the run [ps]")
+    right.set_title("crosses: a bond failed; triangles: whole at the end", fontsize=9)
     right.grid(alpha=0.3, axis="y")
     figure.savefig(HERE / "so3krates_ethanol.png", dpi=160)
 

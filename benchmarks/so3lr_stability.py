@@ -165,8 +165,9 @@ def draw(work: Path, systems: list[str]) -> None:
         else:
             for name, color in (("phi", "#1f5fa8"), ("psi", "#c98a2b")):
                 column[2].plot(table["time_ps"], table[name], ".", color=color, markersize=1.2, label=name)
-            column[2].set(ylabel="torsion [deg]", ylim=(-180, 180), yticks=range(-180, 181, 90))
-            column[2].legend(fontsize=8, frameon=False, markerscale=8, ncols=2, loc=(0.3, 0.38))
+            # room for the legend above what angles can be
+            column[2].set(ylabel="torsion [deg]", ylim=(-180, 250), yticks=range(-180, 181, 90))
+            column[2].legend(fontsize=8, frameon=False, markerscale=8, ncols=2, loc="upper left")
         column[2].set(xlabel="time [ps]")
         for axis in column:
             axis.set_xlim(0, times[-1])
