@@ -69,7 +69,7 @@ def _stages(axis: Any, shown: dict[str, Any]) -> None:
     axis.set(xlim=(low, high), ylim=(0.0, 1.5), xlabel="potential energy (kJ/mol)", yticks=[],
              ylabel="density over its maximum")  # fmt: skip
     axis.set_title("stages of a return, rho = 10, OBC2")
-    axis.legend(fontsize=7, loc="upper right", ncols=2)
+    axis.legend(fontsize=7, loc="upper right", ncols=2, handlelength=1.2, columnspacing=0.8, borderaxespad=0.2)
 
 
 def _after(axis: Any, figures: dict[str, Any]) -> None:

@@ -169,14 +169,16 @@ def accuracy(name: str, test: list[Structure], work: Path) -> dict[str, Any]:
     blocks = np.array([s.group for s in test])
     by_block = [np.abs(difference[blocks == b]).mean() for b in sorted(set(blocks.tolist()))]
     steps = work / name / "history.json"
-    seconds = json.loads((work / f"{name}.seconds.json").read_text(encoding="utf-8"))["cpu_seconds"]
+    clock = work / f"{name}.seconds.json"
     result: dict[str, Any] = {
         "forces_mae_kcal_mol_A": round(float(np.abs(difference).mean()), 4),
         "forces_mae_standard_error": round(float(np.std(by_block, ddof=1) / np.sqrt(len(by_block))), 4),
         "forces_rmse_kcal_mol_A": round(float(np.sqrt((difference**2).mean())), 4),
         "energy_mae_kcal_mol": round(float(np.abs(shifted).mean()), 4),
-        "training_cpu_minutes": round(seconds / 60, 1),
     }
+    if clock.exists():
+        seconds = json.loads(clock.read_text(encoding="utf-8"))["cpu_seconds"]
+        result["training_cpu_minutes"] = round(seconds / 60, 1)
     if steps.exists():
         result["parameters"] = sum(p.numel() for p in model.parameters())
         history = json.loads(steps.read_text(encoding="utf-8"))
