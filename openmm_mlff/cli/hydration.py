@@ -68,6 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     machine.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (1)")
     machine.add_argument("--scheduler", metavar="URL", help="of a Dask cluster, such as tcp://host:8786")
     machine.add_argument("--batch", type=int, default=64, metavar="N", help="runs in one simulation at most (64)")
+    machine.add_argument("--no-pictures", action="store_true", help="tables only")
     machine.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(func=run)
 
@@ -159,7 +160,8 @@ def write_results(
     writer.writeheader()
     writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_atomically(output / "results.csv", text.getvalue().encode())
-    _draw(outcomes, settings, output)
+    if not args.no_pictures:
+        _draw(outcomes, settings, output)
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:

@@ -25,7 +25,7 @@ pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
 
 #: eV/angstrom^2, angstrom, eV of U(r) = k (r - r0)^2 / 2 + c between two nitrogen atoms
 SPRINGS = {"vacuum": (20.0, 1.10, 0.0), "water": (14.0, 1.13, -0.2), "far": (20.0, 1.45, 0.0), "torn": (20.0, 3.0, 0.0)}
-SHORT = ("--length", 4, "--interval", 0.05, "--equilibration", 0.5, "--no-progress")
+SHORT = ("--length", 1, "--interval", 0.05, "--equilibration", 0.2, "--no-progress")
 
 
 def exact() -> float:
@@ -54,9 +54,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def command(source: object, models: dict[str, Path], output: Path, *options: object, water: str = "water") -> int:
+def command(
+    source: object,
+    models: dict[str, Path],
+    output: Path,
+    *options: object,
+    water: str = "water",
+    pictures: bool = False,
+) -> int:
     pair = ("--vacuum", models["vacuum"], "--water", models[water])
-    return main(["hydration", *(str(x) for x in (source, *pair, "--output", output, *SHORT, *options))])
+    quick = () if pictures else ("--no-pictures",)
+    return main(["hydration", *(str(x) for x in (source, *pair, "--output", output, *SHORT, *quick, *options))])
 
 
 def table(output: Path) -> list[dict[str, str]]:
@@ -69,8 +77,8 @@ def test_the_free_energy_is_the_integral_and_nothing_is_done_twice(
     windows: int, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
-    options = ("--windows", windows, "--conformers", 4, "--name", "nitrogen")
-    assert command("N#N", models, output, *options) == 0
+    options = ("--windows", windows, "--conformers", 4, "--name", "nitrogen", "--length", 4)
+    assert command("N#N", models, output, *options, pictures=True) == 0
     report = json.loads((output / "results.json").read_text(encoding="utf-8"))
     (molecule,) = report["molecules"]
     assert molecule["status"] == "ok" and molecule["estimator"] == ("BAR" if windows == 2 else "MBAR")
@@ -94,7 +102,7 @@ def _refuse(group: Any) -> dict[str, Any]:
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(models: dict[str, Path], tmp_path: Path) -> None:
     found = []
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
-        assert command("N#N", models, tmp_path / folder, "--seed", seed, "--length", 1) == 0
+        assert command("N#N", models, tmp_path / folder, "--seed", seed) == 0
         found.append(table(tmp_path / folder)[0]["free_energy_kcal_mol"])
     assert found[0] == found[1] != found[2]
 
@@ -153,7 +161,7 @@ def test_a_campaign_goes_on_reports_what_failed_and_takes_new_molecules(
 
     monkeypatch.setattr(hydration, "sample_group", counted)
     source.write_text("name,smiles,experiment\nfirst,N#N,-4.7\nsecond,N#N,-4.9\n", encoding="utf-8")
-    assert command(source, models, output) == 0
+    assert command(source, models, output, pictures=True) == 0
     assert simulated == ["second", "second"]  # in vacuum and in water
     assert (output / "parity.png").stat().st_size > 5000
 
@@ -162,10 +170,10 @@ def test_other_settings_or_another_molecule_do_not_mix(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    assert command("N#N", models, output, "--length", 1, "--name", "it") == 0
-    assert command("N#N", models, output, "--length", 1, "--name", "it", "--temperature", 310) == 1
+    assert command("N#N", models, output, "--name", "it") == 0
+    assert command("N#N", models, output, "--name", "it", "--temperature", 310) == 1
     assert "sampling: " in capsys.readouterr().err
-    assert command("N#N", models, output, "--length", 1, "--name", "it", water="far") == 1
+    assert command("N#N", models, output, "--name", "it", water="far") == 1
     assert "models: " in capsys.readouterr().err
     structure = tmp_path / "it.pdb"
     lines = [
@@ -173,14 +181,14 @@ def test_other_settings_or_another_molecule_do_not_mix(
         for i, z in ((1, 0), (2, 1.2))
     ]
     structure.write_text("\n".join([*lines, "END"]) + "\n", encoding="utf-8")
-    assert command(structure, models, output, "--length", 1) == 1
+    assert command(structure, models, output) == 1
     assert "name: 'it' was another molecule, or another start structure" in capsys.readouterr().err
 
 
 def test_no_overlap_is_an_error_with_numbers_and_windows_help(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("N#N", models, tmp_path / "two", "--length", 1, water="far") == 1
+    assert command("N#N", models, tmp_path / "two", water="far") == 1
     message = capsys.readouterr().err
     assert "no overlap" in message and "at least 0.03 between the ensembles 'vacuum' and 'water', got" in message
     (row,) = table(tmp_path / "two")
@@ -190,24 +198,24 @@ def test_no_overlap_is_an_error_with_numbers_and_windows_help(
 def test_a_molecule_that_breaks_is_reported_and_has_no_number(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("N#N", models, tmp_path / "run", "--length", 1, water="torn") == 1
+    assert command("N#N", models, tmp_path / "run", water="torn") == 1
     message = capsys.readouterr().err
     assert "broken: water: run 0 broke" in message and "bond between atom 0 (N) and atom 1 (N)" in message
     assert table(tmp_path / "run")[0]["status"] == "broken"
     # what is known stays known
-    assert command("N#N", models, tmp_path / "run", "--length", 1, water="torn") == 1
+    assert command("N#N", models, tmp_path / "run", water="torn") == 1
     assert "broken: water" in capsys.readouterr().err
 
 
 def test_a_run_that_broke_and_began_anew_says_so(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("N#N", models, tmp_path / "run", "--length", 1) == 0
+    assert command("N#N", models, tmp_path / "run") == 0
     path = tmp_path / "run" / "samples" / "water" / "N_N.safetensors"
     samples = hydration.StateSamples.read(path)
     samples.header["failures"] = ["run 0 broke 1 time(s), first at step 7: the bond is broken"]
     samples.write(path)
-    assert command("N#N", models, tmp_path / "run", "--length", 1) == 0
+    assert command("N#N", models, tmp_path / "run") == 0
     assert "restarted: water: run 0 broke 1 time(s), first at step 7" in capsys.readouterr().out
     (row,) = table(tmp_path / "run")
     assert row["status"] == "restarted" and "water: run 0 broke" in row["message"] and row["free_energy_kcal_mol"]
@@ -253,6 +261,6 @@ def test_one_potential_is_no_pair(models: dict[str, Path], tmp_path: Path, capsy
 def test_processes_give_the_numbers_of_one_process(models: dict[str, Path], tmp_path: Path) -> None:
     found = []
     for folder, processes in (("one", 1), ("two", 2)):
-        assert command("N#N", models, tmp_path / folder, "--length", 1, "--processes", processes) == 0
+        assert command("N#N", models, tmp_path / folder, "--processes", processes) == 0
         found.append(table(tmp_path / folder))
     assert found[0] == found[1]
