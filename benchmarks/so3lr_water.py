@@ -270,13 +270,14 @@ def picture(names: list[str], work: Path) -> None:
     left.set(xlabel="time (ps)", ylabel="total energy, shifted (meV/atom)", title="NVE, 0.5 fs")
     for k, name in enumerate(n for n in names if RUNS[n].ensemble == "npt"):
         log, run = read_table(work / name / "log.csv"), RUNS[name]
-        right.plot(
-            log["time_ps"], log["density_g_cm3"], lw=0.7, color=f"C{k}", label=f"{run.method}, {10 * run.cutoff:.0f} Å"
-        )
+        label = f"{run.method}, {10 * run.cutoff:.0f} Å, seed {run.seed}"
+        right.plot(log["time_ps"], log["density_g_cm3"], lw=0.7, color=f"C{k}", label=label)
     right.axhline(0.9966, color="0.3", ls="--", lw=0.8, label="measured, 300 K")
     right.axvline(RELAXATION, color="0.7", lw=0.8)
     right.set(xlabel="time (ps)", ylabel="density (g/cm³)", title="NPT, 300 K, 1 bar")
-    right.legend(fontsize=8, frameon=False)
+    # above the curves
+    right.set_ylim(top=right.get_ylim()[1] + 0.06)
+    right.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     figure.savefig(HERE / "so3lr_water.png", dpi=150)
     plt.close(figure)
 
