@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=40)
     parser.add_argument("--equilibration", type=float, default=8.0)
     parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--molecules", type=int, help="only so many of each split, to try it")
     args = parser.parse_args()
     place = args.vacuum or vacuum_folder()
@@ -97,7 +98,7 @@ def main() -> None:
         least_effective=args.least_effective,
         fluctuation=args.fluctuation,
         processes=args.processes,
-        threads=args.processes,
+        threads=args.threads,
         seed=SEED % 100_000,
     )
     folder = FOLDER / f"water_{args.name}"

@@ -41,6 +41,7 @@ from openmm_mlff.potentials.family import load_potential, save_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training import reweighting
 from openmm_mlff.training.ensembles import Frames, intact, sample_groups
+from openmm_mlff.training.force_matching import fit_atomic_energies
 from openmm_mlff.training.solvation_settings import SolvationOptions, Target
 from openmm_mlff.units import BOLTZMANN_EV
 
@@ -136,6 +137,8 @@ class SolvationTraining:
         """
         if not self.ensembles:
             self._simulate(list(self.targets), -1)
+            if self.options.fit_elements:
+                self._fit_elements()
             self._save()
         while len(self.history) < self.options.rounds:
             self._round(len(self.history))
@@ -165,6 +168,13 @@ class SolvationTraining:
             f"{row['steps']:.0f} steps, {row['seconds']:.0f} s"
         )
 
+    def _fit_elements(self) -> None:
+        train = [name for name in self.ensembles if self.targets[name].split == "train"]
+        structures = [self.targets[name].structure for name in train]
+        shifts = fit_atomic_energies(structures, np.array([self.targets[name].free_energy for name in train]))
+        with torch.no_grad():
+            self.model.shift_atomic_energies(shifts)
+
     @property
     def _start(self) -> Path:
         """The parameters at the beginning of the round, written for `BEST`."""
@@ -184,7 +194,9 @@ class SolvationTraining:
             order = [train[i] for i in random.permutation(len(train)) if train[i] not in waiting]
             for start in range(0, len(order), options.batch_size):
                 names = [n for n in order[start : start + options.batch_size] if n not in waiting]
-                loss, stale, halvings = self._step(names, rate)
+                done = sum(row["steps"] for row in self.history) + steps
+                rise = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+                loss, stale, halvings = self._step(names, rise * rate)
                 waiting |= stale
                 losses += loss
                 steps += bool(loss)

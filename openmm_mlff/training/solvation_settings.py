@@ -34,6 +34,9 @@ class SolvationOptions:
         smallest_effective: of N_eff / n of the molecules of a batch, that a step may bring them to.
         stale: share of waiting molecules that ends a round.
         batch_size: molecules per step. learning_rate, final_learning_rate: of Adam, in the first and the last round.
+        warmup_steps: over which the learning rate rises: Adam's first steps are large in every parameter.
+        fit_elements: begin by adding to the energy of each element what explains the targets best (least squares).
+            That moves free energies and no atom.
         clip_norm: largest 2-norm of the gradient. fluctuation: weight of the mean variance of du over the frames in
             the loss; keeps the potential in water near that in vacuum.
         processes: simulations at once, one thread each. threads: of torch for everything else.
@@ -49,6 +52,8 @@ class SolvationOptions:
     batch_size: int = 4
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-5
+    warmup_steps: int = 50
+    fit_elements: bool = True
     clip_norm: float = 1000.0
     fluctuation: float = 0.0
     processes: int = 1

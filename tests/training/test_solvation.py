@@ -89,7 +89,8 @@ def exact_samples(
         r = np.interp(random.uniform(size=n), cumulative / cumulative[-1], LENGTHS)
         positions = np.zeros((n, 2, 3))
         positions[:, 1, 0] = r
-        last, broken = positions[-1], ()
+        last = positions[-1]
+        broken: tuple[Failure, ...] = ()
         if "breaks" in structure.info:
             # given up before its first frame
             positions, broken = positions[:0], (Failure(0, 5, "a bond is broken", last),)
@@ -114,7 +115,15 @@ MOLECULES = {
 }
 SAMPLING = LangevinSettings(temperature=TEMPERATURE, length=400.0, interval=1.0, equilibration=0.0)
 OPTIONS = SolvationOptions(
-    sampling=SAMPLING, rounds=12, epochs=20, batch_size=2, learning_rate=1.0, final_learning_rate=0.1, seed=3
+    sampling=SAMPLING,
+    rounds=12,
+    epochs=20,
+    batch_size=2,
+    learning_rate=1.0,
+    final_learning_rate=0.1,
+    warmup_steps=0,
+    seed=3,
+    fit_elements=False,
 )
 
 
@@ -180,6 +189,17 @@ def test_the_gradient_is_the_weighted_mean_of_gradients(springs: None, tmp_path:
     # dE/dk of H2 is (r - 1.1)^2 / 2 for the hydrogen number, nothing for carbon's
     expected = float((w * 0.5 * (r - 1.1) ** 2).sum()) / KT
     assert found.tolist() == pytest.approx([expected, 0.0], rel=1e-6)
+
+
+def test_elements_are_fitted_first(springs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets that are sums over atoms are met before the first step, and no weight becomes uneven."""
+    shifts: dict[int, float] = {}
+    monkeypatch.setattr(Springs, "shift_atomic_energies", lambda self, found: shifts.update(found))
+    goals = targets({"h2": 0.6, "c2": -1.0})
+    options = dataclasses.replace(OPTIONS, rounds=1, epochs=1, fit_elements=True)
+    training = SolvationTraining(Springs(SpringsConfig()), goals, options, tmp_path, say=lambda line: None)
+    training.run()
+    assert shifts == pytest.approx({1: 0.3 * KT, 6: -0.5 * KT})
 
 
 def test_a_stopped_training_goes_on_to_the_same_end(
