@@ -14,7 +14,8 @@ from openmm_mlff import _plugins, cli
 
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md"),
-    *("docs/embedding.md", "docs/gdml.md", "docs/led.md", "docs/long_range.md", "docs/so3krates.md"),
+    *("docs/embedding.md", "docs/gdml.md", "docs/led.md", "docs/long_range.md"),
+    *("docs/resolv.md", "docs/so3krates.md"),
 )
 
 
