@@ -142,31 +142,39 @@ class SolvationTraining:
             self._save()
         while len(self.history) < self.options.rounds:
             self._round(len(self.history))
-        if (self.folder / BEST).exists():
-            return load_potential(self.folder / BEST)
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
+        if len(self.history) == self.options.rounds:
+            self._end()
+        return load_potential(self.folder / BEST)
 
     def _round(self, k: int) -> None:
         started = time.monotonic()
-        effective = self._effective()
-        uneven = [name for name, value in effective.items() if value < self.options.least_effective]
-        if uneven:
-            self._simulate(uneven, k)
-        simulated = time.monotonic() - started
-        row = {"round": float(k), "simulated": float(len(uneven)), **self._errors()}
-        row |= self._train(k)
-        row |= {"simulation_seconds": simulated, "seconds": time.monotonic() - started}
-        # errors are those of the parameters at the beginning of the round, for which the frames are fresh
-        best = min((r["valid_mae_kt"] for r in self.history), default=math.inf)
-        if row["valid_mae_kt"] <= best:
-            write_atomically(self.folder / BEST, self._start.read_bytes())
+        row = self._measure(k)
+        row |= self._train(k) | {"seconds": time.monotonic() - started}
         self.history.append(row)
         self._save()
         self.say(
-            f"round {k}: {len(uneven)} of {len(effective)} simulated again, errors before its steps: "
+            f"round {k}: {row['simulated']:.0f} of {len(self.ensembles)} simulated again, errors before its steps: "
             f"training {row['train_mae_kt']:.2f} kT, validation {row['valid_mae_kt']:.2f} kT; "
             f"{row['steps']:.0f} steps, {row['seconds']:.0f} s"
         )
+
+    def _end(self) -> None:
+        """What the steps of the last round came to."""
+        row = self._measure(self.options.rounds)
+        self.history.append(row)
+        self._save()
+        self.say(f"at the end: training {row['train_mae_kt']:.2f} kT, validation {row['valid_mae_kt']:.2f} kT")
+
+    def _measure(self, k: int) -> dict[str, float]:
+        """Simulate where weights are uneven; errors of the parameters as they are, which are kept if they are best."""
+        started = time.monotonic()
+        uneven = [n for n, value in self._effective().items() if value < self.options.least_effective]
+        if uneven:
+            self._simulate(uneven, k)
+        row = {"round": float(k), "simulated": float(len(uneven)), **self._errors()}
+        if row["valid_mae_kt"] <= min((r["valid_mae_kt"] for r in self.history), default=math.inf):
+            save_potential(self.model, self.folder / BEST)
+        return row | {"simulation_seconds": time.monotonic() - started}
 
     def _fit_elements(self) -> None:
         train = [name for name in self.ensembles if self.targets[name].split == "train"]
@@ -175,15 +183,9 @@ class SolvationTraining:
         with torch.no_grad():
             self.model.shift_atomic_energies(shifts)
 
-    @property
-    def _start(self) -> Path:
-        """The parameters at the beginning of the round, written for `BEST`."""
-        return self.folder / "start.safetensors"
-
     def _train(self, k: int) -> dict[str, float]:
         """The optimiser's steps of one round."""
         options = self.options
-        save_potential(self.model, self._start)
         train = [n for n in self.ensembles if self.targets[n].split == "train"]
         random = np.random.default_rng([options.seed, k])
         low, share = min(options.learning_rate, options.final_learning_rate), k / max(options.rounds - 1, 1)
