@@ -167,7 +167,7 @@ def from_card(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Potenti
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"modelPath: the card's config does not describe a {family.name} model ({error})") from error
     if not members:
-        _fill(model, tensors)
+        fill(model, tensors, "the tensors do not fit the card")
     return model.eval().requires_grad_(False)
 
 
@@ -188,17 +188,15 @@ def _members(card: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str
     return found
 
 
-def _fill(model: Potential, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the tensors into the model, in their precision."""
+def fill(model: Potential, tensors: dict[str, torch.Tensor], misfit: str) -> None:
+    """Put tensors into a model, in their precision; raises `ValueError` with `misfit` if names or shapes differ."""
     floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
     if floating:
         model.to(torch.float64 if all(d == torch.float64 for d in floating) else torch.float32)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"modelPath: the tensors do not fit the card ({' '.join(str(error).split())[:500]})"
-        ) from error
+        raise ValueError(f"modelPath: {misfit} ({' '.join(str(error).split())[:500]})") from error
 
 
 def make_card(model: Potential, **details: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_mlff.potentials.family import PublishedModel
+from openmm_mlff.potentials.family import PublishedModel, fill
 from openmm_mlff.potentials.potential import Potential
 from openmm_so3krates.config import Z_MAX, SO3kratesConfig
 from openmm_so3krates.model import SO3krates
@@ -176,13 +176,7 @@ SO3LR = PublishedModel(
 def build(config: SO3kratesConfig, tensors: dict[str, Tensor]) -> SO3krates:
     """The model with these tensors; raises `ValueError` if they do not fit."""
     model = SO3krates(config)
-    model.to(tensors["element_embedding"].dtype)
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"modelPath: the parameters do not fit the hyperparameters ({' '.join(str(error).split())[:500]})"
-        ) from error
+    fill(model, tensors, "the parameters do not fit the hyperparameters")
     return model.eval().requires_grad_(False)
 
 
