@@ -23,6 +23,7 @@ from openmm_mlff.potentials.composition import Interpolated
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.sampling.molecule_runs import LangevinSettings, MoleculeSamples, sample
+from openmm_mlff.sampling.starts import with_bonds
 
 FORMAT = "openmm-mlff-hydration-samples-1"
 #: frames in one evaluation of both potentials.
@@ -179,7 +180,7 @@ def sample_group(group: Group) -> dict[str, StateSamples]:
     structures = [structure for solute in group.solutes for structure in solute.structures]
     velocities = None
     if group.starts is not None:
-        structures = [s.replace(positions=x) for s, (x, _) in zip(structures, group.starts, strict=True)]
+        structures = [with_bonds(s).replace(positions=x) for s, (x, _) in zip(structures, group.starts, strict=True)]
         velocities = [v for _, v in group.starts]
     results = iter(
         sample(potential, structures, group.settings, velocities=velocities, precision=group.precision, threads=1)

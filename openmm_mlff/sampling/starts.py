@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import openmm
 
+from openmm_mlff.data.structures import Structure
 from openmm_mlff.units import ANGSTROM_PER_NM, NM_PER_ANGSTROM
 
 
@@ -46,6 +47,17 @@ def torsion_angle(positions: np.ndarray, atoms: Sequence[int]) -> float:
     axis = (c - b) / np.linalg.norm(c - b)
     n1, n2 = np.cross(b - a, axis), np.cross(axis, d - c)
     return float(np.degrees(np.arctan2(np.dot(np.cross(n1, n2), axis), np.dot(n1, n2))))
+
+
+def with_bonds(structure: Structure) -> Structure:
+    """The structure with its bonds in ``info["topology_bonds"]``, there already or from where its atoms are now.
+
+    Positions from the middle of a run may then take its place: a bond that is stretched in them stays a bond.
+    """
+    if structure.info.get("topology_bonds") is not None:
+        return structure
+    bonds = np.argwhere(np.triu(bond_graph(structure.numbers, structure.positions))).tolist()
+    return structure.replace(info={**structure.info, "topology_bonds": bonds})
 
 
 def set_torsion(positions: np.ndarray, bonded: np.ndarray, atoms: Sequence[int], angle: float) -> np.ndarray:

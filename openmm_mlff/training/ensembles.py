@@ -1,12 +1,14 @@
 """molecules, a model file -> frames of every molecule, simulated in groups: what free energies are learned from.
 
 A group is simulated as one OpenMM System (`sampling.molecule_runs`) and kept in one file; a group whose file exists is
-not simulated again, so an interrupted simulation goes on.
+not simulated again, so an interrupted simulation goes on. What a folder's frames were made with stands in its
+``configuration.json``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,13 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from openmm_mlff.data.datasets import digest, sha256
 from openmm_mlff.data.files import read_arrays, write_arrays
-from openmm_mlff.data.jobs import run_tasks
+from openmm_mlff.data.jobs import claim_folder, run_tasks
 from openmm_mlff.data.structures import Batch, Structure
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.molecule_runs import LangevinSettings, sample
+from openmm_mlff.sampling.starts import with_bonds
 
 FORMAT = "openmm-mlff-molecule-frames-1"
 
@@ -76,14 +80,13 @@ def sample_groups(
     Args:
         structures: of the molecules, by name.
         starts: positions (angstrom) and velocities (nm/ps) to go on from; None starts from the structure, minimised.
-        folder: for one file per group. processes: groups at once, one thread each.
+        folder: for one file per group; one that was begun goes on with its groups, however many processes there are.
+        processes: groups at once, one thread each.
 
-    Raises `RuntimeError` with the first group's error if one could not be simulated at all.
+    Raises `ValueError` naming what differs if the folder was begun with another model, other settings, molecules or
+    starts, and `RuntimeError` with the first group's error if one could not be simulated at all.
     """
-    names = sorted(structures, key=lambda n: (-len(structures[n]), n))
-    # as many groups as there are processes, if that makes none too small to be worth it
-    size = max(min(settings.batch, -(-len(names) // processes)), 1)
-    groups = [names[i : i + size] for i in range(0, len(names), size)]
+    groups = _claim(model, structures, starts, settings, folder, seed, processes)
     tasks = {
         f"group-{k:03d}": {
             "model": str(model),
@@ -107,6 +110,32 @@ def sample_groups(
     return found
 
 
+def _claim(
+    model: Path,
+    structures: Mapping[str, Structure],
+    starts: Mapping[str, tuple[np.ndarray, np.ndarray] | None],
+    settings: LangevinSettings,
+    folder: Path,
+    seed: int,
+    processes: int,
+) -> list[list[str]]:
+    """The groups of the folder, which is begun, or refused if it holds frames of anything else."""
+    names = sorted(structures, key=lambda n: (-len(structures[n]), n))
+    # as many groups as there are processes, if that makes none too small to be worth it
+    size = max(min(settings.batch, -(-len(names) // processes)), 1)
+    groups = [names[i : i + size] for i in range(0, len(names), size)]
+    path = folder / "configuration.json"
+    if path.exists():
+        begun: list[list[str]] = json.loads(path.read_text(encoding="utf-8"))["groups"]
+        if sorted(name for group in begun for name in group) == sorted(names):
+            groups = begun
+    how = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("seed", "batch")}
+    begin = {n: s if (start := starts[n]) is None else s.replace(positions=start[0]) for n, s in structures.items()}
+    digests = {name: digest([structure])[:16] for name, structure in begin.items()}
+    claim_folder(folder, {"model": sha256(model), "settings": how, "seed": seed, "starts": digests, "groups": groups})
+    return groups
+
+
 def simulate_group(task: Mapping[str, Any], path: Path) -> dict[str, str]:
     """One group -> its file; the worker of `run_tasks`. What happens to single molecules stands in the file."""
     structures: Sequence[Structure] = task["structures"]
@@ -114,7 +143,9 @@ def simulate_group(task: Mapping[str, Any], path: Path) -> dict[str, str]:
     settings: LangevinSettings = task["settings"]
     velocities = None
     if all(start is not None for start in starts):
-        structures = [s.replace(positions=start[0]) for s, start in zip(structures, starts, strict=True) if start]
+        structures = [
+            with_bonds(s).replace(positions=start[0]) for s, start in zip(structures, starts, strict=True) if start
+        ]
         velocities = [start[1] for start in starts if start]
         settings = dataclasses.replace(settings, minimization_steps=0)
     results = sample(load_potential(task["model"]), structures, settings, velocities=velocities)

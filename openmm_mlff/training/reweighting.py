@@ -104,3 +104,27 @@ def bar(w_f: Tensor, w_r: Tensor, tolerance: float = 1e-12) -> Tensor:
         else:
             low = middle
     return 0.5 * (low + high)
+
+
+def _fermi(w_f: Tensor, w_r: Tensor, df: float) -> tuple[Tensor, Tensor]:
+    """Probability of every frame to come from the other ensemble."""
+    shift = math.log(len(w_f) / len(w_r))
+    return torch.sigmoid(df - shift - w_f), torch.sigmoid(shift - df - w_r)
+
+
+def bar_overlap(w_f: Tensor, w_r: Tensor, df: float) -> float:
+    """Least off-diagonal element of the overlap matrix of two ensembles, as `analysis.free_energy.bar` finds it."""
+    return float(sum((f * (1.0 - f)).sum() for f in _fermi(w_f, w_r, df))) / max(len(w_f), len(w_r))
+
+
+def bar_variance(w_f: Tensor, w_r: Tensor, df: float) -> float:
+    """Variance of Bennett's estimate `df` from uncorrelated frames.
+
+    C. H. Bennett, J. Comput. Phys. 22, 245 (1976), eq. 10b, with Fermi functions at the estimate; arguments as for
+    `bar`.
+    """
+    total = 0.0
+    for f in _fermi(w_f, w_r, df):
+        mean = float(f.mean())
+        total += (float(f.square().mean()) / max(mean, 1e-300) ** 2 - 1.0) / len(f)
+    return total

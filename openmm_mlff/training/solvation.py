@@ -22,6 +22,7 @@ below `smallest_effective` is halved until it does not.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -35,6 +36,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from openmm_mlff.analysis.free_energy import LEAST_OVERLAP
+from openmm_mlff.data.datasets import digest
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Batch, Structure
 from openmm_mlff.potentials.family import load_potential, save_potential
@@ -295,7 +298,7 @@ class SolvationTraining:
     # -- simulations -------------------------------------------------------------------------------------------
 
     def _simulate(self, names: Sequence[str], k: int) -> None:
-        """New ensembles from the parameters as they are; those that break are dropped for good."""
+        """New ensembles from the parameters as they are; those that break or lose overlap are dropped for good."""
         if k >= 0:
             save_potential(self.model, self._parameters(k))
         starts = {n: self.ensembles[n].frames.last if n in self.ensembles else None for n in names}
@@ -315,28 +318,32 @@ class SolvationTraining:
             # a molecule that broke may have no frames at all
             batch = None if frames.failure else self._batch(frames)
             reason = frames.failure if batch is None else intact(frames, batch)
-            if batch is None or reason:
+            if batch is not None and not reason:
+                reason = self._renew(name, frames, batch, k, older)
+            if reason:
                 self.dropped[name] = f"round {k}: {reason}"
                 self.ensembles.pop(name, None)
                 self.say(f"{name} takes no part any more: {reason}")
-                continue
-            self._renew(name, frames, batch, k, older)
 
     @torch.no_grad()
-    def _renew(self, name: str, frames: Frames, batch: Batch, k: int, older: dict[int, Potential]) -> None:
-        """Replace an ensemble; Bennett's ratio between the two is added to what was accumulated."""
+    def _renew(self, name: str, frames: Frames, batch: Batch, k: int, older: dict[int, Potential]) -> str:
+        """Replace an ensemble; Bennett's ratio between the two is added to what was accumulated, or why it cannot."""
         reference = self._reduced(self.model, batch)
         old = self.ensembles.get(name)
         if old is None:
             self.ensembles[name] = Ensemble(frames, k, 0.0, 0.0, batch, reference)
-            return
+            return ""
         if old.round not in older:
             older[old.round] = load_potential(self._parameters(old.round)).to(self.model.dtype)
         forward = self._du(name)
         backward = self._reduced(older[old.round], batch) - reference
         step = float(reweighting.bar(forward, backward))
-        variance = bar_variance(forward, backward, step)
+        variance = reweighting.bar_variance(forward, backward, step)
+        overlap = reweighting.bar_overlap(forward, backward, step)
+        if overlap < LEAST_OVERLAP:
+            return f"expected an overlap of at least {LEAST_OVERLAP:g} with round {old.round}, got {overlap:.2g}"
         self.ensembles[name] = Ensemble(frames, k, old.accumulated + step, old.variance + variance, batch, reference)
+        return ""
 
     def _batch(self, frames: Frames) -> Batch:
         return self.model.batch([Structure(frames.numbers, x) for x in frames.positions])
@@ -353,8 +360,14 @@ class SolvationTraining:
         wanted = {
             "format": FORMAT,
             "options": asdict(self.options),
+            "vacuum": _checksum(self.model),
             "targets": {
-                t.name: {"split": t.split, "free_energy_eV": t.free_energy, "atoms": t.structure.formula}
+                t.name: {
+                    "split": t.split,
+                    "free_energy_eV": t.free_energy,
+                    "atoms": t.structure.formula,
+                    "start": digest([t.structure])[:16],
+                }
                 for t in self.targets.values()
             },
         }
@@ -364,7 +377,7 @@ class SolvationTraining:
                 raise FileExistsError(f"folder: {self.folder} holds a training already; resume it, or choose another")
             found = json.loads(path.read_text(encoding="utf-8"))
             plain = json.loads(json.dumps(wanted))
-            # how many processes there are, and how long it goes on, decide nothing that was done before
+            # how much of the machine is used decides nothing that was done before
             for side in (found, plain):
                 for key in ("processes", "threads"):
                     side["options"].pop(key)
@@ -419,15 +432,9 @@ class SolvationTraining:
         self.optimizer.load_state_dict(content["optimizer"])
 
 
-def bar_variance(w_f: Tensor, w_r: Tensor, df: float) -> float:
-    """Variance of Bennett's estimate `df` from uncorrelated frames.
-
-    C. H. Bennett, J. Comput. Phys. 22, 245 (1976), eq. 10b, with Fermi functions at the estimate; arguments as for
-    `reweighting.bar`.
-    """
-    shift = math.log(len(w_f) / len(w_r))
-    total = 0.0
-    for f in (torch.sigmoid(df - shift - w_f), torch.sigmoid(shift - df - w_r)):
-        mean = float(f.mean())
-        total += (float(f.square().mean()) / max(mean, 1e-300) ** 2 - 1.0) / len(f)
-    return total
+def _checksum(model: Potential) -> str:
+    """Of all tensors of a potential."""
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return total.hexdigest()

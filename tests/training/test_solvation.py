@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from openmm_mlff import _plugins
 from openmm_mlff.data.structures import Batch, Structure
-from openmm_mlff.potentials.family import Family
+from openmm_mlff.potentials.family import Family, save_potential
 from openmm_mlff.potentials.potential import Potential, Prediction
 from openmm_mlff.sampling.molecule_runs import Failure, LangevinSettings, MoleculeSamples
+from openmm_mlff.sampling.starts import bond_graph
 from openmm_mlff.training import ensembles
-from openmm_mlff.training.solvation import BEST, SolvationTraining, bar_variance
+from openmm_mlff.training.reweighting import bar_overlap, bar_variance
+from openmm_mlff.training.solvation import BEST, SolvationTraining
 from openmm_mlff.training.solvation_settings import SolvationOptions, Target
 from openmm_mlff.units import BOLTZMANN_EV
 
@@ -242,6 +244,80 @@ def test_broken_molecules_are_left_out(springs: None, tmp_path: Path) -> None:
     assert "a bond is broken" in training.dropped["c2"] and any("c2" in line for line in lines)
 
 
+def test_frames_of_something_else_are_not_taken(springs: None, tmp_path: Path) -> None:
+    """A folder goes on with its groups whatever the processes, and with nothing else."""
+    model = save_potential(Springs(SpringsConfig()), tmp_path / "model.safetensors")
+    other = save_potential(Springs(SpringsConfig(carbon=31.0)), tmp_path / "other.safetensors")
+    starts: dict[str, Any] = dict.fromkeys(MOLECULES)
+    first = ensembles.sample_groups(model, MOLECULES, starts, SAMPLING, tmp_path / "run", seed=1)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.safetensors")}
+    again = ensembles.sample_groups(model, MOLECULES, starts, SAMPLING, tmp_path / "run", seed=1, processes=2)
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.safetensors")}
+    for name in MOLECULES:
+        np.testing.assert_array_equal(first[name].positions, again[name].positions)
+    hotter = dataclasses.replace(SAMPLING, temperature=400.0)
+    moved = {**starts, "h2": (np.array([[0.0, 0, 0], [1.2, 0, 0]]), np.zeros((2, 3)))}
+    fewer = {name: MOLECULES[name] for name in ("h2", "c2")}
+    for what, changed in (
+        ("model", (other, MOLECULES, starts, SAMPLING)),
+        ("settings", (model, MOLECULES, starts, hotter)),
+        ("starts", (model, MOLECULES, moved, SAMPLING)),
+        ("groups", (model, fewer, starts, SAMPLING)),
+    ):
+        with pytest.raises(ValueError, match=f"^{what}: .* was begun with"):
+            ensembles.sample_groups(*changed, tmp_path / "run", seed=1)
+    with pytest.raises(ValueError, match=r"^seed: .* was begun with 1, this run has 2"):
+        ensembles.sample_groups(model, MOLECULES, starts, SAMPLING, tmp_path / "run", seed=2)
+
+
+def test_bonds_are_those_of_the_structure_when_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run goes on, a bond may be stretched beyond what would count as one."""
+    seen: list[Structure] = []
+
+    def look(potential: Any, structures: Sequence[Structure], *args: Any, **kwargs: Any) -> list[MoleculeSamples]:
+        seen.extend(structures)
+        return []
+
+    monkeypatch.setattr(ensembles, "sample", look)
+    monkeypatch.setattr(ensembles, "load_potential", lambda path: None)
+    h2 = Structure(np.array([1, 1]), np.array([[0.0, 0, 0], [0.74, 0, 0]]))
+    stretched = np.array([[0.0, 0, 0], [1.0, 0, 0]])
+    task = {"model": "", "structures": [h2], "starts": [(stretched, np.zeros((2, 3)))], "settings": SAMPLING}
+    with pytest.raises(ValueError, match="zip"):
+        ensembles.simulate_group({**task, "names": ["h2"]}, tmp_path / "group.safetensors")
+    assert seen[0].info["topology_bonds"] == [[0, 1]]
+    np.testing.assert_array_equal(seen[0].positions, stretched)
+    assert not bond_graph(h2.numbers, stretched).any()
+
+
+def test_ensembles_without_overlap_take_no_part(springs: None, tmp_path: Path) -> None:
+    """No silent number is accumulated; the molecule is named with what was found and what was expected."""
+    vacuum = Springs(SpringsConfig())
+    lines: list[str] = []
+    training = SolvationTraining(vacuum, targets({"h2": 0.5, "c2": 0.5}), OPTIONS, tmp_path, say=lines.append)
+    training._simulate(["h2", "c2"], -1)
+    assert isinstance(training.model, Springs)
+    with torch.no_grad():
+        training.model.stiffness[1] = 3e6
+    training._simulate(["h2", "c2"], 0)
+    assert set(training.ensembles) == {"h2"} and training.ensembles["h2"].round == 0
+    assert "overlap of at least 0.03 with round -1, got 0.0" in training.dropped["c2"]
+    assert any("c2 takes no part" in line for line in lines)
+
+
+def test_the_overlap_is_that_of_the_overlap_matrix() -> None:
+    from openmm_mlff.analysis.free_energy import bar as reference
+
+    random = np.random.default_rng(6)
+    for apart, n in ((0.5, 60), (2.0, 200)):
+        a, b = random.normal(0.0, 1.0, 100), random.normal(apart, 1.0, n)
+        forward, backward = 0.5 * (a - apart) ** 2 - 0.5 * a**2, 0.5 * b**2 - 0.5 * (b - apart) ** 2
+        found = reference(forward, backward)
+        assert found.overlap is not None
+        least = min(found.overlap[0, 1], found.overlap[1, 0])
+        assert bar_overlap(torch.as_tensor(forward), torch.as_tensor(backward), found.delta) == pytest.approx(least)
+
+
 def test_refusals(springs: None, tmp_path: Path) -> None:
     vacuum = Springs(SpringsConfig())
     goals = targets({"h2": 0.5, "c2": 0.5})
@@ -255,6 +331,13 @@ def test_refusals(springs: None, tmp_path: Path) -> None:
     SolvationTraining(vacuum, goals, OPTIONS, tmp_path / "d")
     with pytest.raises(FileExistsError, match="holds a training already"):
         SolvationTraining(vacuum, goals, OPTIONS, tmp_path / "d")
+    with pytest.raises(ValueError, match="vacuum: expected that of the training"):
+        SolvationTraining(Springs(SpringsConfig(carbon=31.0)), goals, OPTIONS, tmp_path / "d", resume=True)
+    moved = [
+        dataclasses.replace(t, structure=t.structure.replace(positions=1.1 * t.structure.positions)) for t in goals
+    ]
+    with pytest.raises(ValueError, match="targets: expected that of the training"):
+        SolvationTraining(vacuum, moved, OPTIONS, tmp_path / "d", resume=True)
     with pytest.raises(ValueError, match="options: expected that of the training"):
         SolvationTraining(vacuum, goals, dataclasses.replace(OPTIONS, seed=9), tmp_path / "d", resume=True)
     for name, value in (("rounds", 0), ("least_effective", 1.5), ("learning_rate", 0.0), ("fluctuation", -1.0)):
