@@ -130,7 +130,7 @@ def run(name: str, phase: str, pair: Path, ps: float) -> Path:
         equilibration_steps=5000,
         report_interval=REPORT,
         frame_interval=0,
-        seed=11,
+        seed=11 if phase == "vacuum" else 12,
         torsions=indices,
     )
     ReplicaRun.start(system, topology, positions, settings, folder, progress=False).run()

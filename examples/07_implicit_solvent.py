@@ -67,12 +67,14 @@ def run(
 ) -> tuple[mdtraj.Trajectory, np.ndarray]:
     """Frames of one phase, and U_water - U_vacuum (kJ/mol) of each."""
     integrator = LangevinMiddleIntegrator(TEMPERATURE, 1.0 / unit.picosecond, args.timestep * unit.femtosecond)
-    integrator.setRandomNumberSeed(args.seed)
+    # random numbers of its own for each phase: error bars take the two runs to be independent
+    seed = 2 * args.seed + list(PHASES).index(phase)
+    integrator.setRandomNumberSeed(seed)
     simulation = Simulation(topology, system, integrator, Platform.getPlatform("Reference"))
     simulation.context.setParameter("lambda_solvation", PHASES[phase])
     simulation.context.setPositions(start)
     simulation.minimizeEnergy(maxIterations=args.minimization)
-    simulation.context.setVelocitiesToTemperature(TEMPERATURE, args.seed)
+    simulation.context.setVelocitiesToTemperature(TEMPERATURE, seed)
     both, frames, differences = BothEnergies(system), [], []
     every = max(1, round(min(100.0, 200.0 * args.picoseconds) / args.timestep))  # 0.1 ps in all but tiny runs
     total = max(5, round(1000.0 * args.picoseconds / args.timestep / every))
