@@ -355,8 +355,8 @@ def convergence(
         states: arrays with the frames on the last axis, or lists of such runs.
 
     Returns ``fraction`` ``(points,)``, and ``from_start``, ``from_end`` ``(points, 2)`` with value and error; NaN where
-    the estimator raises `ValueError` (too few frames, no overlap). Bands that overlap say that the result does not
-    drift.
+    the estimator raises `ValueError` (too few frames, no overlap) or `RuntimeError` (equations that few frames do not
+    solve). Bands that overlap say that the result does not drift.
     """
     runs = [[state] if isinstance(state, np.ndarray) else list(state) for state in states]
     fractions = np.arange(1, points + 1) / points
@@ -367,7 +367,7 @@ def convergence(
     }
     for i, fraction in enumerate(fractions):
         for name, part in (("from_start", _first), ("from_end", _last)):
-            with suppress(ValueError):
+            with suppress(ValueError, RuntimeError):
                 table[name][i] = estimator(*([part(run, fraction) for run in state] for state in runs))
     return table
 

@@ -204,6 +204,9 @@ class Interpolated(Composite):
     water: Potential
 
     def __init__(self, vacuum: Potential, water: Potential, coupling: float = 1.0) -> None:
+        for name, member in (("vacuum", vacuum), ("water", water)):
+            if isinstance(member, Interpolated):
+                raise ValueError(f"{name}: expected one potential, got a pair of family {member.family!r}")
         super().__init__({"vacuum": vacuum, "water": water})
         self.coupling = coupling
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from openmm_mlff.analysis.free_energy import LEAST_OVERLAP, InsufficientOverlap
+from openmm_mlff.analysis.free_energy import LEAST_OVERLAP, InsufficientOverlap, pymbar_module
 from openmm_mlff.analysis.hydration import Hydration, hydration
 from openmm_mlff.data.campaigns import Failed, run_campaign
 from openmm_mlff.data.jobs import claim_folder
@@ -112,8 +112,8 @@ class Outcome:
     """What became of a molecule.
 
     Attributes:
-        status: 'ok'; 'restarted' (a run broke and began anew, the result is of what came after); 'no overlap';
-            'broken'; 'refused'; 'failed' (an error of the program).
+        status: 'ok'; 'restarted' (a run broke and began anew; its frames from before and, equilibrated
+            again, from after count); 'no overlap'; 'broken'; 'refused'; 'failed' (an error of the program).
         message: why there is no result, or what broke. result: None without one.
         samples: header of each state's samples.
     """
@@ -147,9 +147,10 @@ def hydrate(
             molecules, but no other potentials or settings, and no other start structures under an old name.
         processes, scheduler: see `run_campaign`.
 
-    Raises `ValueError` naming what differs from the folder, for names that are not unique, and what `run_campaign`
-    raises. What is wrong with single molecules stands in their outcomes.
+    Raises `ValueError` naming what differs from the folder, for names that are not unique, `ImportError` without
+    pymbar, and what `run_campaign` raises. What is wrong with single molecules stands in their outcomes.
     """
+    pymbar_module()  # its estimates come last: hours after a message that it is missing would have been of use
     names = [solute.name for solute in solutes]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

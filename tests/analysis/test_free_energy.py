@@ -239,6 +239,15 @@ def test_convergence_ends_at_the_whole_result() -> None:
     few = free_energy.convergence(estimator, forward[:2], reverse[:2], points=4)
     assert np.isnan(few["from_start"][0]).all()
 
+    def unsolved(f: list[np.ndarray], r: list[np.ndarray]) -> tuple[float, float]:
+        if len(f[0]) < 500:
+            raise RuntimeError("the equations were not solved")
+        return estimator(f, r)
+
+    table = free_energy.convergence(unsolved, forward, reverse, points=2)
+    assert np.isnan(table["from_start"][0]).all()
+    np.testing.assert_allclose(table["from_start"][1], whole)
+
 
 def test_ensembles_without_overlap_are_an_error_that_says_which_and_by_how_much() -> None:
     rng = np.random.default_rng(0)

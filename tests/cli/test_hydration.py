@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for r in np.linspace(min(r0 - 0.3, 0.9), r0 + 0.3, 31):
             pull = np.array([[0, 0, k * (r - r0)], [0, 0, -k * (r - r0)]])
             positions = np.array([[0, 0, 0], [0, 0, r]])
-            frames.append(Structure([7, 7], positions, energy=0.5 * k * (r - r0) ** 2 + c, forces=pull))
+            frames.append(Structure(np.array([7, 7]), positions, energy=0.5 * k * (r - r0) ** 2 + c, forces=pull))
         model = GDML(0.5, 1e-12, None).fit(frames)
         made[name] = save_potential(model, folder / f"{name}.safetensors")
     return made
@@ -102,7 +102,7 @@ def _refuse(group: Any) -> dict[str, Any]:
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(models: dict[str, Path], tmp_path: Path) -> None:
     found = []
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
-        assert command("N#N", models, tmp_path / folder, "--seed", seed) == 0
+        assert command("N#N", models, tmp_path / folder, "--seed", seed, "--length", 0.5) == 0
         found.append(table(tmp_path / folder)[0]["free_energy_kcal_mol"])
     assert found[0] == found[1] != found[2]
 
@@ -219,6 +219,19 @@ def test_a_run_that_broke_and_began_anew_says_so(
     assert "restarted: water: run 0 broke 1 time(s), first at step 7" in capsys.readouterr().out
     (row,) = table(tmp_path / "run")
     assert row["status"] == "restarted" and "water: run 0 broke" in row["message"] and row["free_energy_kcal_mol"]
+
+
+def test_a_missing_estimator_is_found_before_the_simulations(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise ImportError("free energies need the package pymbar")
+
+    monkeypatch.setattr(hydration, "pymbar_module", missing)
+    monkeypatch.setattr(hydration, "sample_group", _refuse)
+    assert command("N#N", models, tmp_path / "run") == 1
+    assert "need the package pymbar" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def test_a_network_is_no_pair(model: ResolvPotential, tmp_path: Path) -> None:
         MLPotential("resolv", modelPath=str(single))
     with pytest.raises(TypeError, match="water: expected a Potential"):
         save_pair(None, model.vacuum, tmp_path / "none.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="water: expected one potential, got a pair of family 'resolv'"):
+        save_pair(model, model.vacuum, tmp_path / "none.safetensors")
 
 
 # -- phases and lambda in OpenMM -------------------------------------------------------------------------------------

@@ -181,6 +181,8 @@ def test_couplings_that_mean_nothing(value: Any) -> None:
 def test_members_that_do_not_fit(water: Structure, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="water: expected a Potential, got str"):
         Interpolated(Springs(1.0), "water.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="water: expected one potential, got a pair of family 'interpolated'"):
+        Interpolated(Springs(1.0), Interpolated(Springs(1.0), Springs(2.0)))
     with pytest.raises(ValueError, match="expected potentials that share elements"):
         Interpolated(Springs(1.0, (1, 6)), Springs(1.0, (7, 8)))
     beads = Springs(1.0)
