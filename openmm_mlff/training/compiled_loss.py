@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from openmm_mlff.potentials.compile import without_outer_loop_fusion
 from openmm_mlff.training.batching import LabelledBatch
 from openmm_mlff.training.losses import TERMS, Labels
 
@@ -117,7 +116,7 @@ class CompiledLoss:
             graph = make_fx(step)(*arguments)
             if any("bernoulli" in str(node.target) or "rand" in str(node.target) for node in graph.graph.nodes):
                 raise RuntimeError("the loss draws random numbers (dropout)")
-            with torch.no_grad(), without_outer_loop_fusion():
+            with torch.no_grad():
                 compiled = torch.compile(graph, dynamic=False, backend=self._backend)
                 found = compiled([p.detach() for p in parameters], positions, labels, weights)
             _compare(expected, found)

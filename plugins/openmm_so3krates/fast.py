@@ -43,8 +43,9 @@ class NativeEvaluator(Evaluator):
 
     Args of the constructor: see `Potential.evaluator`. ``compile=False`` runs the torch form op by op; True and 'auto'
     run the native code, which is compiled within seconds, once per machine and model size. Without a compiler, or if
-    both differ on the first frame, the torch form runs, with one line that says so. Models that the native code does
-    not know (`native.unsupported`), and other devices, run as those of other families.
+    both differ on the first frame, the torch form runs op by op, with one line that says so; so do models that the
+    native code does not know (`native.unsupported`). The torch form is never compiled: the compiler of torch 2.13 makes
+    wrong forces of some sizes of this network, by as little as one per cent, which the first frame may not show.
 
     Attributes:
         pairs: the Verlet lists: half lists for the native code.
@@ -109,7 +110,9 @@ class NativeEvaluator(Evaluator):
     def _make_engine(self) -> Engine | None:
         reason = unsupported(self.so3krates)
         if reason is not None:
-            logger.info("%s; SO3krates runs by torch", reason)
+            self.compile = False
+            if self.so3krates.device.type == "cpu":
+                _no_native_code(reason)
             return None
         try:
             engine = Engine(self.so3krates, electrostatics=self._in_real_space)

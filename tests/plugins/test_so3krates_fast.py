@@ -383,15 +383,21 @@ def test_a_part_of_a_large_system_is_compared(monkeypatch: pytest.MonkeyPatch) -
         ({"num_features": 16, "num_heads": 2, "degrees": (1, 2), "qk_normalization": True}, "queries and keys"),
     ],
 )
-def test_models_that_it_does_not_know_run_by_torch(options: dict[str, Any], reason: str) -> None:
+def test_models_that_it_does_not_know_run_op_by_op(
+    options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is asked for, because torch's compiler makes wrong forces of this network."""
+    fast._no_native_code.cache_clear()
     model = random_model(11, **options)
     why = unsupported(model)
     assert why is not None and reason in why
     structure = cluster(5, 17)
-    evaluator = model_evaluator(model, structure, "auto")
-    assert torch.equal(
-        evaluator(structure.positions).energy, model_evaluator(model, structure, False)(structure.positions).energy
-    )
+    expected = model_evaluator(model, structure, False)(structure.positions).energy
+    for compile in ("auto", True):
+        evaluator = model_evaluator(model, structure, compile)
+        assert torch.equal(evaluator(structure.positions).energy, expected)
+        assert evaluator.compiled is False
+    assert caplog.text.count(reason) == 1
 
 
 @needs_compiler
