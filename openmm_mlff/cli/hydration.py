@@ -147,7 +147,7 @@ def write_results(
                 **row,
                 **(outcome.result.summary() if outcome.result else {}),
                 "samples": {
-                    state: {key: header[key] for key in ("seeds", "temperatures", "failures")}
+                    state: {key: header[key] for key in ("planned", "seeds", "temperatures", "failures")}
                     for state, header in outcome.samples.items()
                 },
             }
@@ -190,7 +190,9 @@ def _draw(outcomes: Sequence[Outcome], settings: HydrationSettings, output: Path
             solute = outcome.solute
             path = output / "convergence" / f"{solute.name}.png"
             title = solute.label + (f" ({outcome.status})" if outcome.status != "ok" else "")
-            plot_hydration(result, path, settings.sampling.length, title, solute.experiment)
+            # more than was asked for now, if the folder holds a longer run
+            frames = max(header["planned"] for header in outcome.samples.values())
+            plot_hydration(result, path, frames * settings.sampling.interval, title, solute.experiment)
         rows = [_row(o) for o, _ in found if o.solute.experiment is not None]
         if len(rows) > 1:
             names = ("free_energy_kcal_mol", "error_kcal_mol", "experiment_kcal_mol")

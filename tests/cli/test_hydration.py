@@ -116,6 +116,10 @@ def test_a_run_that_stops_or_is_made_longer_is_the_run_that_went_through(
     assert command("N#N", models, longer, *options, "--length", 0.5) == 0
     assert table(longer) != table(whole)
     assert command("N#N", models, longer, *options, "--length", 1.5) == 0
+    # less is asked for: what there is counts, and is said
+    assert command("N#N", models, longer, *options, "--length", 0.5) == 0
+    (molecule,) = json.loads((longer / "results.json").read_text(encoding="utf-8"))["molecules"]
+    assert molecule["frames"] == [60, 60] and molecule["samples"]["water"]["planned"] == 30
     real, calls = hydration.sample_group, iter(range(100))
 
     def interrupted(group: Any) -> Any:
