@@ -68,7 +68,7 @@ def run(
     """Frames of one phase, and U_water - U_vacuum (kJ/mol) of each."""
     integrator = LangevinMiddleIntegrator(TEMPERATURE, 1.0 / unit.picosecond, args.timestep * unit.femtosecond)
     # random numbers of its own for each phase: error bars take the two runs to be independent
-    seed = 2 * args.seed + list(PHASES).index(phase)
+    seed = 1 + 2 * args.seed + list(PHASES).index(phase)
     integrator.setRandomNumberSeed(seed)
     simulation = Simulation(topology, system, integrator, Platform.getPlatform("Reference"))
     simulation.context.setParameter("lambda_solvation", PHASES[phase])

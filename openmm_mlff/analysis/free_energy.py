@@ -218,14 +218,7 @@ def bar(
     """
     f_runs, r_runs = _runs("forward", forward), _runs("reverse", reverse)
     w_f, w_r = np.concatenate(f_runs), np.concatenate(r_runs)
-    # pymbar stops at a relative change, which says nothing about a difference near 0: shift it to about 10
-    shift = 10.0 - 0.5 * (np.median(w_f) - np.median(w_r))
-    try:
-        with _quiet():
-            found = pymbar_module().bar(w_f + shift, w_r - shift, compute_uncertainty=False)
-    except Exception as error:
-        raise InsufficientOverlap(names, 0.0, least_overlap or 0.0) from error
-    f = np.array([0.0, float(found["Delta_f"]) - shift])
+    f = np.array([0.0, _bennett(w_f, w_r, least_overlap, names)])
     u = np.zeros((2, len(w_f) + len(w_r)))
     u[1, : len(w_f)], u[0, len(w_f) :] = w_f, w_r
     lengths = [[len(run) for run in f_runs], [len(run) for run in r_runs]]
@@ -234,6 +227,21 @@ def bar(
     spreads = [_spread(part, length) for part, length in zip(parts, lengths, strict=True)]
     variance = sum(v for v, _ in spreads)
     return FreeEnergy(float(f[1]), math.sqrt(variance), tuple(g for _, g in spreads), overlap, parts)
+
+
+def _bennett(w_f: np.ndarray, w_r: np.ndarray, least_overlap: float | None, names: tuple[str, str]) -> float:
+    """The estimate by pymbar."""
+    ends = np.concatenate([w_f, -w_r])
+    if np.ptp(ends) < 1e-9:  # equal ensembles: the estimate lies within, where pymbar's search has no room
+        return float(ends.mean())
+    # pymbar stops at a relative change, which says nothing about a difference near 0: shift it to about 10
+    shift = 10.0 - 0.5 * (np.median(w_f) - np.median(w_r))
+    try:
+        with _quiet():
+            found = pymbar_module().bar(w_f + shift, w_r - shift, compute_uncertainty=False)
+    except Exception as error:
+        raise InsufficientOverlap(names, 0.0, least_overlap or 0.0) from error
+    return float(found["Delta_f"]) - shift
 
 
 def mbar(

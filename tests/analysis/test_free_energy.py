@@ -267,6 +267,18 @@ def test_ensembles_without_overlap_are_an_error_that_says_which_and_by_how_much(
         bar(*work(far, rng, 50, 50, 0.0), least_overlap=None)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-15, 1e-10, 1e-5])
+@pytest.mark.parametrize("constant", [-3.0, 0.0, 2e4])
+def test_equal_ensembles_overlap_wholly(constant: float, noise: float) -> None:
+    """Work that is one constant, up to rounding, is the free energy, however many frames each side has."""
+    rng = np.random.default_rng(4)
+    for n_f, n_r in ((5, 5), (4, 40)):
+        found = bar(constant + noise * rng.normal(size=n_f), -constant + noise * rng.normal(size=n_r))
+        assert found.delta == pytest.approx(constant, abs=5 * noise + 1e-9)
+        assert found.overlap is not None and found.error < 5 * noise + 1e-9
+        np.testing.assert_allclose(found.overlap, [[n_f, n_r], [n_f, n_r]] / np.array(n_f + n_r), atol=1e-4)
+
+
 def test_a_common_constant_changes_nothing() -> None:
     """Total energies are large: a constant of 1e5 kT shifts the result and leaves its error."""
     forward, reverse = work(PAIRS["harmonic"], np.random.default_rng(1), 300, 300, 0.0)
