@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     args = parser.parse_args()
     trained = args.vacuum or vacuum_folder()
-    vacuum = load_potential(trained / MODEL)
+    vacuum = load_potential(trained / MODEL).double()
     settings = LangevinSettings(
         temperature=TEMPERATURE, equilibration=10.0, length=args.ps, interval=0.5, minimization_steps=100, batch=GROUP
     )
@@ -157,7 +157,7 @@ def main() -> None:
     in_vacuum = frames_of(chosen, trained / MODEL, trained, place / trained.name, settings, args.processes, 0)
     if args.water is None:
         return
-    water = load_potential(args.water)
+    water = load_potential(args.water).double()
     in_water = frames_of(
         chosen, args.water, trained, place / args.water.parent.name, settings, args.processes, WATER_SEED
     )
