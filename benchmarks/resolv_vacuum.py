@@ -3,8 +3,9 @@
     python benchmarks/resolv_vacuum.py [--networks f32l3 f64l2] [--with-test]
 
 Frames: 40 per molecule from the authors' 250 ps runs at 298.15 K (shared data), molecules with broken bonds left out.
-Of the authors' training molecules a tenth, drawn by a seed, is for validation; it chooses the network. The frames of
-the test molecules take no part; their forces are compared once, with the network that was chosen. With ``--with-test``
+Of the authors' training molecules a tenth, drawn by a seed, is for validation. The frames of the test molecules take no
+part; their forces are compared once, with the network that was chosen: the one whose step with 64 molecules of 15 atoms
+takes less than the 60 microseconds per molecule that training the water potential can afford. With ``--with-test``
 the frames of the test molecules are used for training as well, a model for the ablation of `resolv_hydration.py`.
 
 Energies are less their mean over the frames of a molecule: one constant per molecule cancels in what the pair is for.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from _common import machine, write
 from _resolv import FOLDER, SEED, TEMPERATURE, molecules, stored_frames
 
@@ -52,6 +54,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "f32l3": BASE | {"num_features": 32, "num_layers": 3, "num_heads": 2},
     "f64l2": BASE | {"num_features": 64, "num_layers": 2, "num_heads": 4},
 }
+#: by `step_time`
+CHOSEN = "f32l2"
 RECIPE: dict[str, Any] = {
     "family": "so3krates",
     "seed": SEED,
@@ -118,6 +122,22 @@ def forces_mae(folder: Path, split: str, data: Dataset) -> dict[str, float]:
     }
 
 
+def step_time(folder: Path, data: Dataset) -> float:
+    """Microseconds of one evaluation per molecule: 64 molecules of 14 to 16 atoms in one batch, one thread, float32."""
+    torch.set_num_threads(1)
+    model = load_potential(folder / MODEL).float()
+    first = {s.group: s for s in data.load() if 14 <= len(s) <= 16}
+    several = (list(first.values()) * 64)[:64]
+    evaluator = model.evaluator(several, compile=True)
+    positions = np.concatenate([s.positions for s in several])
+    seconds = []
+    for _ in range(60):
+        before = time.perf_counter()
+        evaluator.arrays(positions)
+        seconds.append(time.perf_counter() - before)
+    return round(1e6 * float(np.median(seconds[10:])) / len(several), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -140,9 +160,10 @@ def main() -> None:
                 "parameters": sum(p.numel() for p in load_potential(folder / MODEL).parameters()),
                 "steps": int(history[-1]["step"]),
                 "valid": forces_mae(folder, "valid", data),
+                "us_per_molecule_step": step_time(folder, data),
             }
             print(name, rows[name], flush=True)
-    chosen = min(rows, key=lambda name: rows[name]["valid"]["forces_mae_kcal_mol_A"])
+    chosen = CHOSEN
     rows[chosen]["test"] = forces_mae(FOLDER / f"vacuum_{chosen}", "test", data)
     print(chosen, rows[chosen])
     write("resolv_vacuum", {"machine": machine(), "networks": rows, "chosen": chosen, "recipe": RECIPE})

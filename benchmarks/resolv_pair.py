@@ -1,0 +1,64 @@
+"""The trained pair as one model file with its card: what `models/resolv-freesolv.safetensors` is.
+
+    python benchmarks/resolv_pair.py --water .work/resolv/water_first
+
+Figures come from the JSON files of `resolv_vacuum.py` and `resolv_hydration.py`, which have to be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from _common import HERE
+from _resolv import molecules
+from resolv_water import vacuum_folder
+
+from openmm_mlff.training.run import MODEL
+from openmm_mlff.training.solvation import BEST, CONFIG, HISTORY
+from openmm_resolv import save_pair
+
+PAIR = HERE.parent / "models" / "resolv-freesolv.safetensors"
+
+
+def card(water: Path) -> dict[str, Any]:
+    """What is said of the pair."""
+    vacuum = json.loads((HERE / "resolv_vacuum.json").read_text(encoding="utf-8"))
+    hydration = json.loads((HERE / "resolv_hydration.json").read_text(encoding="utf-8"))
+    training = json.loads((water / CONFIG).read_text(encoding="utf-8"))
+    history = json.loads((water / HISTORY).read_text(encoding="utf-8"))
+    best = min(history, key=lambda row: row["valid_mae_kt"])
+    used = {split: sum(t["split"] == split for t in training["targets"].values()) for split in ("train", "valid")}
+    return {
+        "name": "resolv-freesolv",
+        "description": "A pair in vacuum and in implicit water at 298.15 K, by the method of ReSolv",
+        "domain": "small neutral closed-shell molecules of H, C, N, O, S and Cl, one at a time, near 298 K",
+        "citation": "Roecken, Burnet, Zavadlav, J. Chem. Phys. 161, 234101 (2024), doi:10.1063/5.0235189 (method); "
+        "Mobley, Guthrie, J. Comput. Aided Mol. Des. 28, 711 (2014) (FreeSolv)",
+        "licence": "not settled: the vacuum frames are of an Apache-2.0 repository, FreeSolv 0.52 names none",
+        "training_data": {
+            "vacuum": "stored frames of ReSolv's published vacuum potential, training molecules only",
+            "water": f"free energies of FreeSolv 0.52: {used['train']} molecules to train, {used['valid']} to validate",
+            "not_used": f"the {sum(m.split == 'test' for m in molecules())} test molecules of ReSolv's split",
+        },
+        "training": {"options": training["options"], "best_round": best["round"], "rounds": len(history)},
+        "accuracy": {
+            "vacuum_forces": vacuum["networks"][vacuum["chosen"]],
+            "hydration_kcal_mol": hydration["table"],
+            "validation_mae_kt": round(best["valid_mae_kt"], 3),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--water", type=Path, required=True, help="folder of the training in water")
+    args = parser.parse_args()
+    PAIR.parent.mkdir(exist_ok=True)
+    print(save_pair(args.water / BEST, vacuum_folder() / MODEL, PAIR, **card(args.water)))
+
+
+if __name__ == "__main__":
+    main()
