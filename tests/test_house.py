@@ -58,7 +58,8 @@ for name in ("numpy", "torch", "openmm.app", "ase", "mdtraj", "safetensors.torch
              "h5py", "scipy", "tblite", "rdkit", "lightning_fabric"):
     if importlib.util.find_spec(name.partition(".")[0]) is not None:
         importlib.import_module(name)
-ours = {"openmmml", "openmm_mlff", "openmm_gdml", "openmm_nequip", "openmm_resolv", "openmm_so3krates", "openmm_spookynet"}
+ours = {"openmmml", "openmm_mlff", "openmm_gdml", "openmm_nequip", "openmm_resolv", "openmm_so3krates"}
+ours |= {"openmm_spookynet"}
 foreign = [m for m in sys.modules if m.partition(".")[0] in ours]
 assert not foreign, foreign
 failed = {}
