@@ -19,10 +19,13 @@ LED := benchmarks/led_mueller_brown_md.py benchmarks/led_mueller_brown.py benchm
 SO3KRATES := benchmarks/so3krates_ethanol.py benchmarks/so3lr_minima.py benchmarks/so3lr_stability.py \
 	benchmarks/so3lr_water.py benchmarks/embedding_clusters.py benchmarks/embedding_nve.py
 
+RESOLV := benchmarks/resolv_vacuum.py benchmarks/resolv_water.py benchmarks/resolv_hydration.py \
+	benchmarks/resolv_pair.py benchmarks/resolv_conformers.py
+
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve reproduce-led reproduce-so3krates clean help
+.PHONY: demo test test-all lint format benchmark reproduce reproduce-cg-gdml cg-gdml-learning-curve reproduce-led reproduce-so3krates reproduce-resolv clean help
 
 help:
 	@echo "make demo       ML/MM simulation of capped alanine in water, results in .demo/ (MODEL=so3lr: by SO3LR)"
@@ -33,6 +36,7 @@ help:
 	@echo "make reproduce-cg-gdml       six-bead alanine from all-atom data to its landscape (2 hours on 4 cores)"
 	@echo "make reproduce-led           learned latent dynamics of Mueller-Brown, alanine and Trp-cage, from data to figures (hours)"
 	@echo "make reproduce-so3krates     SO3krates of ethanol against sGDML; minima, long runs and embeddings with SO3LR (hours)"
+	@echo "make reproduce-resolv        potentials in vacuum and in water from stored frames and hydration free energies (hours)"
 	@echo "make cg-gdml-learning-curve  its error against the number of frames, beside neural networks (hours)"
 
 $(VENV)/.created:
@@ -74,7 +78,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED) $(SO3KRATES),$(wildcard benchmarks/[!_]*.py)); do \
+	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED) $(SO3KRATES) $(RESOLV),$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
 		test -z "$$failed" || { echo "not done:$$failed"; exit 1; }
 
@@ -95,6 +99,9 @@ reproduce-led: $(VENV)/.dev
 
 reproduce-so3krates: $(VENV)/.dev
 	@set -e; for script in $(SO3KRATES); do echo "== $$script"; $(BIN)/python $$script; done
+
+reproduce-resolv: $(VENV)/.dev
+	@set -e; for script in $(RESOLV); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,6 @@
 """Hydration free energies of molecules that the water potential has not seen, by Bennett's acceptance ratio.
 
-    python benchmarks/resolv_hydration.py --water .work/resolv/water_first/water.safetensors [--processes 4]
+    python benchmarks/resolv_hydration.py [--water .work/resolv/water_first/water.safetensors] [--processes 4]
 
 The 170 test molecules of the ReSolv split, in an order drawn by a seed before any training; as many groups of 64 as
 there is time for. Each is simulated in vacuum and in water by Langevin dynamics of our own (298.15 K, 1 fs, 1/ps) from
@@ -31,6 +31,7 @@ from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.sampling.molecule_runs import LangevinSettings
 from openmm_mlff.training.ensembles import Frames, intact, sample_groups
 from openmm_mlff.training.run import MODEL
+from openmm_mlff.training.solvation import BEST
 from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 
 GROUP = 64
@@ -139,7 +140,8 @@ def picture(rows: list[dict[str, Any]], worst: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--water", type=Path, help="the water potential; without it only vacuum is simulated")
+    parser.add_argument("--water", type=Path, default=FOLDER / "water_first" / BEST, help="the water potential")
+    parser.add_argument("--vacuum-only", action="store_true", help="simulate in vacuum, and no more")
     parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: the chosen one)")
     parser.add_argument("--molecules", type=int, default=170, help="how many, in the drawn order")
     parser.add_argument("--split", choices=("test", "valid"), default="test", help="valid: to choose between trainings")
@@ -155,7 +157,7 @@ def main() -> None:
     chosen = chosen[: args.molecules]
     place = FOLDER / f"hydration_{args.split}"
     in_vacuum = frames_of(chosen, trained / MODEL, trained, place / trained.name, settings, args.processes, 0)
-    if args.water is None:
+    if args.vacuum_only:
         return
     water = load_potential(args.water).double()
     in_water = frames_of(

@@ -1,6 +1,6 @@
 """The trained pair as one model file with its card: what `models/resolv-freesolv.safetensors` is.
 
-    python benchmarks/resolv_pair.py --water .work/resolv/water_first
+    python benchmarks/resolv_pair.py [--water .work/resolv/water_first]
 
 Figures come from the JSON files of `resolv_vacuum.py` and `resolv_hydration.py`, which have to be there.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import HERE
-from _resolv import molecules
+from _resolv import FOLDER, molecules
 from resolv_water import vacuum_folder
 
 from openmm_mlff.training.run import MODEL
@@ -54,7 +54,7 @@ def card(water: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--water", type=Path, required=True, help="folder of the training in water")
+    parser.add_argument("--water", type=Path, default=FOLDER / "water_first", help="folder of the training in water")
     args = parser.parse_args()
     PAIR.parent.mkdir(exist_ok=True)
     print(save_pair(args.water / BEST, vacuum_folder() / MODEL, PAIR, **card(args.water)))

@@ -143,12 +143,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--with-test", action="store_true")
-    parser.add_argument("--report", action="store_true", help="report what is there")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what is there")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not args.report:
         for name in args.networks:
             fit(name, args.steps, args.with_test)
+    if args.with_test:
         return
     data = dataset(False)
     rows: dict[str, Any] = {}
