@@ -52,11 +52,11 @@ def interrupted(error: BaseException) -> bool:
     """Whether an exception of OpenMM is a Ctrl-C in disguise.
 
     A `KeyboardInterrupt` that comes while a PythonForce is called leaves OpenMM as an `OpenMMException`: with our text
-    if it came inside `ForceComputation`, with no text at all if it came at its door.
+    if it came inside `ForceComputation`, with no text, or that of a missing object, if it came at its door.
     """
     text = str(error)
     return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, openmm.OpenMMException) and (not text or text.startswith("KeyboardInterrupt"))
+        isinstance(error, openmm.OpenMMException) and (text in ("", "<NULL>") or text.startswith("KeyboardInterrupt"))
     )
 
 

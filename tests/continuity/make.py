@@ -35,6 +35,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "elements": (1, 6, 7, 8),
     },
     "gdml": {"numbers": (6, 8, 1, 1, 1, 1), "n_train": 5, "sigma": 3.0, "n_permutations": 6},
+    "nequip-jaxmd": {
+        "num_features": 4,
+        "num_layers": 2,
+        "irreps": ("0o", "0e", "1o", "1e"),
+        "max_degree": 1,
+        "radial_layers": 2,
+        "radial_features": 8,
+        "elements": (1, 6, 7, 8),
+    },
     "resolv": {"phase": "water"},
 }
 STRUCTURES = [
@@ -99,7 +108,7 @@ def fill_gdml(model: Potential) -> Potential:
 
 def structures_of(family: str) -> list[Structure]:
     """Two structures that the model can describe."""
-    if family not in ("gdml", "resolv"):
+    if family not in ("gdml", "nequip-jaxmd", "resolv"):
         return STRUCTURES
     moved = STRUCTURES[0].positions + np.random.default_rng(SEED).normal(scale=0.1, size=(6, 3))
     return [STRUCTURES[0], STRUCTURES[0].replace(positions=moved)]

@@ -319,6 +319,8 @@ def test_ctrl_c_can_be_told_from_other_errors(small: MLPotential, monkeypatch: p
     assert running.interrupted(caught.value)
     assert isinstance(running.last_error(system), KeyboardInterrupt)
     assert not running.interrupted(openmm.OpenMMException("Particle coordinate is NaN"))
+    # what OpenMM makes of an exception that has no text, or no object yet
+    assert running.interrupted(openmm.OpenMMException("")) and running.interrupted(openmm.OpenMMException("<NULL>"))
 
 
 def test_ctrl_c_at_any_moment(small: MLPotential) -> None:
