@@ -155,7 +155,7 @@ def populations(name: str, folder: Path) -> dict[str, dict[str, float]]:
     """Share of every state with its standard error, reweighted for the bias; the first tenth is left out."""
     case = CASES[name]
     table = read_observables(folder)
-    angles = {key: np.degrees(table[key]) for key in case.torsions}
+    angles = {key: table[key] for key in case.torsions}
     skip = len(next(iter(angles.values()))) // 10
     angles = {key: values[skip:] for key, values in angles.items()}
     first = np.radians(next(iter(angles.values())))

@@ -13,7 +13,7 @@ import pytest
 from openmm_mlff import _plugins, cli
 
 PAGES = (
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md", "models/README.md"),
     *("docs/embedding.md", "docs/gdml.md", "docs/led.md", "docs/long_range.md"),
     *("docs/resolv.md", "docs/so3krates.md"),
 )
