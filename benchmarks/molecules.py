@@ -156,10 +156,12 @@ def speed(
             one.append(alone.rate(seconds))
             many.append(n * rate(context, seconds))
             bare.append(1e6 * model_seconds(potential, n) / n)
-        if molecules.failures:
-            raise RuntimeError(f"a molecule broke: {molecules.failures[0].reason}")
+        # a broken molecule is held and costs what it did before
+        if len(molecules.failures) > 0.05 * n:
+            raise RuntimeError(f"{len(molecules.failures)} of {n} molecules broke: {molecules.failures[0].reason}")
         ratios, step = np.array(many) / np.array(one), 1e6 / np.array(many)
         rows[str(n)] = {
+            "held": len(molecules.failures),
             "molecule_steps_per_second": round(float(np.median(many)), 1),
             "single_steps_per_second": round(float(np.median(one)), 1),
             "gain": round(float(np.median(ratios)), 2),
