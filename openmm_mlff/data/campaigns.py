@@ -6,16 +6,15 @@ come back is safe. A worker that dies takes only its running task along, which r
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from openmm_mlff.data.jobs import ProgressBar, interrupts_held, prepare_worker
+from openmm_mlff.data.jobs import ProgressBar, interrupts_held, worker_pool
 
 #: seconds to wait for the scheduler of a cluster.
 PATIENCE = 20.0
@@ -104,10 +103,10 @@ def _run_in_pools(
 ) -> None:
     """A pool that breaks is replaced; what ran in it runs again, one by one, because one of them may be the cause."""
     while left:
-        with _local_pool(processes) as pool:
+        with worker_pool(processes) as pool:
             lost = _collect(pool, left, work, finish, at_once=processes)
         for name in lost:
-            with _local_pool(1) as pool:
+            with worker_pool(1) as pool:
                 again = _collect(pool, {name: left[name]}, work, finish, at_once=1)
             if again:
                 finish(name, Failed("its worker process died, twice (out of memory, or a crash)", ""))
@@ -152,20 +151,6 @@ def _collect(
                 # of the cluster itself: Dask gives a task up when several of its workers died
                 result = Failed(f"{type(error).__name__}: {error}", "")
             finish(name, result)
-
-
-@contextmanager
-def _local_pool(processes: int) -> Iterator[Executor]:
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=prepare_worker)
-    try:
-        yield pool
-    except BaseException:
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -137,11 +137,9 @@ def _run_in_pool(
     finish: Callable[[str, tuple[dict[str, str], str | None]], None],
     advance: Callable[[], None],
 ) -> None:
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=prepare_worker)
     waiting = list(reversed(missing))
-    others = set(multiprocessing.active_children())
     running: dict[Future[tuple[dict[str, str], str | None]], str] = {}
-    try:
+    with worker_pool(processes) as pool:
         while waiting or running:
             # few at a time, so that an interrupt does not wait for a long queue
             while waiting and len(running) < 2 * processes:
@@ -160,7 +158,16 @@ def _run_in_pool(
                         "were running; run again to go on with what is missing"
                     ) from error
                 advance()
-    except KeyboardInterrupt:
+
+
+@contextmanager
+def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each, which end with the block; at once if an exception leaves it."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=prepare_worker)
+    try:
+        yield pool
+    except BaseException:
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         raise

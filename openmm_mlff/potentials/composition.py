@@ -61,12 +61,12 @@ class Composite(Potential):
     @property
     def weights(self) -> dict[str, float]:
         """w_k by member."""
-        raise NotImplementedError(f"{type(self).__name__} does not define weights")
+        raise TypeError(f"{type(self).__name__} does not define weights")
 
     @classmethod
     def compose(cls, config: Any, members: Mapping[str, Potential]) -> Self:
         """The composite that a model file describes; `ValueError` or `TypeError` if it holds other members."""
-        raise NotImplementedError(f"{cls.__name__} does not define compose(config, members)")
+        raise TypeError(f"{cls.__name__} does not define compose(config, members)")
 
     # -- members ---------------------------------------------------------------------------------------------------
 
