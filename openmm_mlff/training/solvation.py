@@ -1,7 +1,8 @@
 """a vacuum potential, hydration free energies -> the potential in water: what ReSolv learns from (top-down).
 
 S. Röcken, A. F. Burnet, J. Zavadlav, J. Chem. Phys. 161, 234101 (2024). The potential in water starts as the vacuum
-potential; what it has to get right is the free-energy difference between the two. All free energies here are in units
+potential, or as one that knows something of water already; what it has to get right is the free-energy difference
+between the two. All free energies here are in units
 of kT::
 
     u             = U / kT
@@ -16,7 +17,9 @@ between the old and the new ensemble (Bennett acceptance ratio) is added to its 
 
 Training goes in rounds: all molecules whose weights are uneven are simulated together, many in one OpenMM System; then
 the parameters move, molecule by molecule, as long as the weights allow. A step that would bring a molecule of its batch
-below `smallest_effective` is halved until it does not.
+below `smallest_effective` is halved until it does not. What a round ends with is the mean of the parameters over its
+later steps, because all molecules together swing about their mean error while single batches are fitted; and whenever
+errors are measured, what elements can explain of them is taken out exactly, by least squares over the training.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ class SolvationTraining:
     optimiser, it goes on from the last simulation.
 
     Args:
-        vacuum: starts the potential in water; its own frames are the first ensembles.
+        vacuum: its frames are the first ensembles. water: where the potential in water starts; None is the vacuum one.
         targets: molecules of both splits, with names of their own.
         resume: go on with the folder.
         say: gets a line per round.
@@ -108,6 +111,7 @@ class SolvationTraining:
         folder: str | Path,
         resume: bool = False,
         say: Callable[[str], None] = print,
+        water: Potential | None = None,
     ) -> None:
         self.options, self.folder, self.say = options, Path(folder), say
         self.targets = {t.name: t for t in targets}
@@ -115,9 +119,11 @@ class SolvationTraining:
             raise ValueError("targets: expected a name of its own for every molecule, got one twice")
         if not any(t.split == "train" for t in targets):
             raise ValueError("targets: expected at least one molecule to train with, got none")
-        for target in targets:
-            vacuum.check(target.structure)
-        self.model = copy.deepcopy(vacuum).requires_grad_(True).train()
+        for potential in (vacuum, water or vacuum):
+            for target in targets:
+                potential.check(target.structure)
+        self._vacuum = vacuum
+        self.model = copy.deepcopy(water or vacuum).requires_grad_(True).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=options.learning_rate)
         self.ensembles: dict[str, Ensemble] = {}
         self.dropped: dict[str, str] = {}
@@ -140,8 +146,6 @@ class SolvationTraining:
         """
         if not self.ensembles:
             self._simulate(list(self.targets), -1)
-            if self.options.fit_elements:
-                self._fit_elements()
             self._save()
         while len(self.history) < self.options.rounds:
             self._round(len(self.history))
@@ -174,15 +178,21 @@ class SolvationTraining:
         uneven = [n for n, value in self._effective().items() if value < self.options.least_effective]
         if uneven:
             self._simulate(uneven, k)
+        if self.options.fit_elements:
+            self._fit_elements()
         row = {"round": float(k), "simulated": float(len(uneven)), **self._errors()}
         if row["valid_mae_kt"] <= min((r["valid_mae_kt"] for r in self.history), default=math.inf):
             save_potential(self.model, self.folder / BEST)
         return row | {"simulation_seconds": time.monotonic() - started}
 
     def _fit_elements(self) -> None:
+        """Element energies that explain the errors of the training best; they move free energies and no atom."""
+        estimates = self.free_energies()
         train = [name for name in self.ensembles if self.targets[name].split == "train"]
         structures = [self.targets[name].structure for name in train]
-        shifts = fit_atomic_energies(structures, np.array([self.targets[name].free_energy for name in train]))
+        shifts = fit_atomic_energies(
+            structures, np.array([self.targets[name].free_energy - estimates[name] for name in train])
+        )
         with torch.no_grad():
             self.model.shift_atomic_energies(shifts)
 
@@ -195,7 +205,9 @@ class SolvationTraining:
         rate = low + 0.5 * (options.learning_rate - low) * (1.0 + math.cos(math.pi * share))
         waiting: set[str] = set()
         losses, steps, halved = [], 0, 0
+        paths: list[Tensor] = []
         for _ in range(options.epochs):
+            total, n = torch.zeros_like(self._vector()), 0
             order = [train[i] for i in random.permutation(len(train)) if train[i] not in waiting]
             for start in range(0, len(order), options.batch_size):
                 names = [n for n in order[start : start + options.batch_size] if n not in waiting]
@@ -206,8 +218,14 @@ class SolvationTraining:
                 losses += loss
                 steps += bool(loss)
                 halved += halvings
+                total, n = total + self._vector(), n + 1
+            if n:
+                paths.append(total / n)
             if len(waiting) >= options.stale * len(train):
                 break
+        later = paths[len(paths) // 2 :]
+        if later and options.average:
+            vector_to_parameters(torch.stack(later).mean(dim=0), self.model.parameters())
         return {
             "steps": float(steps),
             "halved": float(halved),
@@ -215,6 +233,10 @@ class SolvationTraining:
             "loss_kt2": float(np.mean(losses)) if losses else math.nan,
             "learning_rate": rate,
         }
+
+    def _vector(self) -> Tensor:
+        """All parameters, a copy."""
+        return parameters_to_vector(self.model.parameters()).detach().clone()
 
     def _step(self, names: Sequence[str], rate: float) -> tuple[list[float], set[str], int]:
         """One step on the molecules whose weights allow it; squared errors, the others, and how often it was halved."""
@@ -238,9 +260,9 @@ class SolvationTraining:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        before = parameters_to_vector(self.model.parameters()).detach().clone()
+        before = self._vector()
         self.optimizer.step()
-        after = parameters_to_vector(self.model.parameters()).detach()
+        after = self._vector()
         halvings = 0
         while halvings < HALVINGS and not self._weights_hold(used):
             halvings += 1
@@ -328,7 +350,7 @@ class SolvationTraining:
     @torch.no_grad()
     def _renew(self, name: str, frames: Frames, batch: Batch, k: int, older: dict[int, Potential]) -> str:
         """Replace an ensemble; Bennett's ratio between the two is added to what was accumulated, or why it cannot."""
-        reference = self._reduced(self.model, batch)
+        reference = self._reduced(self._vacuum if k < 0 else self.model, batch)
         old = self.ensembles.get(name)
         if old is None:
             self.ensembles[name] = Ensemble(frames, k, 0.0, 0.0, batch, reference)
@@ -360,7 +382,8 @@ class SolvationTraining:
         wanted = {
             "format": FORMAT,
             "options": asdict(self.options),
-            "vacuum": _checksum(self.model),
+            "vacuum": _checksum(self._vacuum),
+            "water": _checksum(self.model),
             "targets": {
                 t.name: {
                     "split": t.split,

@@ -35,8 +35,9 @@ class SolvationOptions:
         stale: share of waiting molecules that ends a round.
         batch_size: molecules per step. learning_rate, final_learning_rate: of Adam, in the first and the last round.
         warmup_steps: over which the learning rate rises: Adam's first steps are large in every parameter.
-        fit_elements: begin by adding to the energy of each element what explains the targets best (least squares).
-            That moves free energies and no atom.
+        average: a round ends with the mean of the parameters over the steps of its later half, not with the last ones.
+        fit_elements: before errors are measured, add to the energy of each element what explains those of the training
+            best (least squares). That moves free energies and no atom.
         clip_norm: largest 2-norm of the gradient. fluctuation: weight of the mean variance of du over the frames in
             the loss; keeps the potential in water near that in vacuum.
         processes: simulations at once, one thread each. threads: of torch for everything else.
@@ -53,6 +54,7 @@ class SolvationOptions:
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-5
     warmup_steps: int = 50
+    average: bool = True
     fit_elements: bool = True
     clip_norm: float = 1000.0
     fluctuation: float = 0.0
