@@ -2,10 +2,11 @@
 
     python benchmarks/resolv_hydration.py [--water .work/resolv/water_first/water.safetensors] [--processes 4]
 
-The 170 test molecules of the ReSolv split, in an order drawn by a seed before any training; as many groups of 64 as
-there is time for. Each is simulated in vacuum and in water by Langevin dynamics of our own (298.15 K, 1 fs, 1/ps) from
-the conformer of least vacuum energy among eight, and one BAR estimate between the two ensembles is its free energy;
-errors count correlated frames. A molecule that breaks, or whose ensembles do not overlap, is named and has no figure.
+The 170 test molecules of the ReSolv split, in an order drawn by a seed before any training; as many of them as there is
+time for. Each is simulated in vacuum and in water by Langevin dynamics of our own (298.15 K, 1 fs, 1/ps) from the
+conformer of least vacuum energy among eight, and one BAR estimate between the two ensembles is its free energy (what
+``openmm-mlff hydration`` does); errors count correlated frames. A molecule that breaks for good, or whose ensembles do
+not overlap, is named and has no figure. The folder of a pair goes on where it stopped, with more molecules or more ps.
 
 Beside it: GAFF in TIP3P of FreeSolv, kernel ridge regression on pair histograms (0.595 / 1.176 kcal/mol on 161 of
 these molecules, facts of the project) and the mean experimental uncertainty.
@@ -18,26 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from _common import HERE, machine, write
 from _resolv import FOLDER, SEED, TEMPERATURE, Molecule, molecules
 from resolv_water import starts, vacuum_folder
 from rich.console import Console
 
-from openmm_mlff.analysis import free_energy
-from openmm_mlff.data.structures import Structure
-from openmm_mlff.potentials.family import load_potential
-from openmm_mlff.potentials.potential import Potential
+from openmm_mlff.data.solutes import Solute
+from openmm_mlff.sampling.hydration import HydrationSettings, Outcome, hydrate
+from openmm_mlff.sampling.hydration_runs import PairFiles
 from openmm_mlff.sampling.molecule_runs import LangevinSettings
-from openmm_mlff.training.ensembles import Frames, intact, sample_groups
 from openmm_mlff.training.run import MODEL
 from openmm_mlff.training.solvation import BEST
-from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 
-GROUP = 64
-#: added to the seeds in water: the same random numbers in both ensembles would correlate them, which no error bar sees
-WATER_SEED = 1000
-KT = free_energy.thermal_energy(TEMPERATURE)
+#: molecules in one simulation at most; fewer where processes would have nothing to do
+GROUP = 32
 #: of what is compared: kernel ridge regression of averaged pair-distance histograms, 161 molecules (kcal/mol)
 KERNEL_RIDGE = {"mae": 0.595, "rmse": 1.176, "molecules": 161}
 #: <U_wat>_wat - <U_vac>_vac of the published potentials over their authors' long runs: dA + T dS, not dA
@@ -50,54 +45,49 @@ def order() -> list[Molecule]:
     return [test[i] for i in np.random.default_rng(SEED).permutation(len(test))]
 
 
-def frames_of(
-    chosen: list[Molecule],
-    model: Path,
-    vacuum: Path,
-    folder: Path,
-    settings: LangevinSettings,
-    processes: int,
-    seed: int,
-) -> dict[str, Frames]:
-    """Simulations with one potential, in groups of molecules that are kept; another potential takes another seed."""
-    found: dict[str, Frames] = {}
-    for first in range(0, len(chosen), GROUP):
-        group = chosen[first : first + GROUP]
-        structures = {m.key: s for m, s in zip(group, starts(group, vacuum), strict=True)}
-        nothing = dict.fromkeys(structures)
-        place = folder / f"molecules-{first:03d}"
-        found |= sample_groups(model, structures, nothing, settings, place, seed + first + 1, processes)
-        print(f"{folder.name}: {first + len(group)} molecules", flush=True)
-    return found
+def outcomes(
+    chosen: list[Molecule], trained: Path, water: Path, place: Path, ps: float, processes: int
+) -> list[Outcome]:
+    """Every molecule in vacuum and in water, in a folder of the two potentials that is gone on with."""
+    sampling = LangevinSettings(
+        temperature=TEMPERATURE,
+        equilibration=10.0,
+        length=ps,
+        interval=0.5,
+        minimization_steps=100,
+        seed=SEED,
+        batch=max(min(GROUP, -(-len(chosen) // (2 * processes))), 1),
+    )
+    solutes = [
+        Solute(m.key, (start,), m.smiles, m.experiment, label=m.name)
+        for m, start in zip(chosen, starts(chosen, trained), strict=True)
+    ]
+    pair = PairFiles.read(vacuum=trained / MODEL, water=water)
+    folder = place / f"{trained.name}-{water.parent.name}"
+    return hydrate(
+        solutes, pair, HydrationSettings(sampling, precision="single"), folder, processes=processes, progress=True
+    )
 
 
-@torch.no_grad()
-def reduced(model: Potential, frames: Frames) -> tuple[np.ndarray, Any]:
-    batch = model.batch([Structure(frames.numbers, x) for x in frames.positions])
-    return model(batch).energy.double().numpy() / KT, batch
-
-
-def estimate(vacuum: Potential, water: Potential, ensembles: tuple[Frames, Frames]) -> dict[str, Any]:
+def row_of(molecule: Molecule, outcome: Outcome) -> dict[str, Any]:
     """One molecule: free energy in kcal/mol with its error and overlap, or the reason why there is none."""
-    work = []
-    for sign, frames in zip((1.0, -1.0), ensembles, strict=True):
-        if frames.failure:
-            return {"failure": frames.failure}
-        in_vacuum, batch = reduced(vacuum, frames)
-        if reason := intact(frames, batch):
-            return {"failure": reason}
-        work.append(sign * (reduced(water, frames)[0] - in_vacuum))
-    try:
-        found = free_energy.bar(*work, names=("vacuum", "water"))
-    except free_energy.InsufficientOverlap as error:
-        return {"failure": str(error)}
-    value, error = found.times(KT / EV_PER_KCAL_PER_MOL)
-    return {
-        "predicted": round(value, 3),
-        "error": round(error, 3),
-        "overlap": round(float(found.overlap[0, 1]), 3) if found.overlap is not None else None,
-        "effective_share": [round(free_energy.effective_samples(w) / len(w), 3) for w in work],
+    row: dict[str, Any] = {
+        "name": molecule.name,
+        "smiles": molecule.smiles,
+        "experiment": molecule.experiment,
+        "uncertainty": molecule.uncertainty,
+        "gaff": molecule.gaff,
     }
+    if outcome.result is None:
+        return row | {"failure": outcome.message}
+    found = outcome.result.summary()
+    row |= {
+        "predicted": round(found["free_energy_kcal_mol"], 3),
+        "error": round(found["error_kcal_mol"], 3),
+        "overlap": round(found["overlap"], 3),
+        "effective_share": [round(found[name], 3) for name in ("effective_vacuum", "effective_water")],
+    }
+    return row | ({"restarted": outcome.message} if outcome.status == "restarted" else {})
 
 
 def summary(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
@@ -151,7 +141,6 @@ def picture(rows: list[dict[str, Any]], worst: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--water", type=Path, default=FOLDER / "water_first" / BEST, help="the water potential")
-    parser.add_argument("--vacuum-only", action="store_true", help="simulate in vacuum, and no more")
     parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: the chosen one)")
     parser.add_argument("--molecules", type=int, default=170, help="how many, in the drawn order")
     parser.add_argument("--split", choices=("test", "valid"), default="test", help="valid: to choose between trainings")
@@ -159,24 +148,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     args = parser.parse_args()
     trained = args.vacuum or vacuum_folder()
-    vacuum = load_potential(trained / MODEL).double()
-    settings = LangevinSettings(
-        temperature=TEMPERATURE, equilibration=10.0, length=args.ps, interval=0.5, minimization_steps=100, batch=GROUP
-    )
     chosen = order() if args.split == "test" else [m for m in molecules() if m.split == "valid"]
     chosen = chosen[: args.molecules]
     place = FOLDER / f"hydration_{args.split}"
-    in_vacuum = frames_of(chosen, trained / MODEL, trained, place / trained.name, settings, args.processes, 0)
-    if args.vacuum_only:
-        return
-    water = load_potential(args.water).double()
-    in_water = frames_of(
-        chosen, args.water, trained, place / args.water.parent.name, settings, args.processes, WATER_SEED
-    )
-    rows: list[dict[str, Any]] = []
-    for m in chosen:
-        about = {"name": m.name, "smiles": m.smiles, "experiment": m.experiment, "uncertainty": m.uncertainty}
-        rows.append(about | {"gaff": m.gaff} | estimate(vacuum, water, (in_vacuum[m.key], in_water[m.key])))
+    found = outcomes(chosen, trained, args.water, place, args.ps, args.processes)
+    rows = [row_of(m, outcome) for m, outcome in zip(chosen, found, strict=True)]
     sound = [row for row in rows if "failure" not in row]
     worst = sorted(sound, key=lambda row: -abs(row["predicted"] - row["experiment"]))[:10]
     table = {name: summary(sound, column) for name, column in (("pair", "predicted"), ("GAFF", "gaff"))}
