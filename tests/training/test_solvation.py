@@ -240,7 +240,7 @@ def test_a_round_ends_with_the_mean_of_its_later_half(
 
     def moved(names: Sequence[str], rate: float) -> tuple[list[float], set[str], int]:
         with torch.no_grad():
-            model.stiffness += next(moves)
+            model.stiffness.add_(next(moves))
         return [0.0], set(), 0
 
     monkeypatch.setattr(training, "_step", moved)
