@@ -110,6 +110,7 @@ def _add_label(actions: Any) -> None:
     parser = actions.add_parser("label", help=LABEL_HELP, description=LABEL_HELP)
     _add_input_options(parser)
     parser.add_argument("--method", default="GFN2-xTB", help="of tblite (default: %(default)s)")
+    parser.add_argument("--solvent", help="implicit solvent (ALPB) of tblite, for example water (default: vacuum)")
     parser.add_argument("--calculator", metavar="MODULE:CLASS", help="an ASE calculator instead, also by ASE's name")
     parser.add_argument("--calculator-kwargs", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--charge-keyword", help="keyword of the calculator that takes the total charge")
@@ -194,7 +195,9 @@ def _reference_method(args: argparse.Namespace) -> ReferenceMethod:
         for option in ("calculator_kwargs", "charge_keyword", "multiplicity_keyword", "no_atom_energies"):
             if getattr(args, option):
                 raise ValueError(f"--{option.replace('_', '-')}: expected only together with --calculator")
-        return TBLite(args.method)
+        return TBLite(args.method, solvent=args.solvent)
+    if args.solvent is not None:
+        raise ValueError("--solvent: expected only without --calculator, whose own settings name its solvent")
     if not isinstance(args.calculator_kwargs, dict):
         raise ValueError(f"--calculator-kwargs: expected a JSON object, got {args.calculator_kwargs!r}")
     return ASEReference(

@@ -11,6 +11,7 @@ method has it; molecules use it when their multiplicity is larger than one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Mapping
@@ -113,18 +114,24 @@ class TBLite:
         accuracy: tblite's factor on all thresholds (smaller is tighter); labels use this one.
         electronic_temperature: of the Fermi filling, kelvin.
         max_iterations: of the self-consistent cycle.
+        solvent: of the implicit solvent ALPB (S. Ehlert, M. Stahn, S. Spicher, S. Grimme, J. Chem. Theory Comput. 17,
+            4250 (2021)), for example "water"; None is vacuum. The energy then holds the free energy of solvation of
+            the fixed geometry, from 1 mol/l of gas to 1 mol/l of solution; free atoms stay in vacuum.
     """
 
     method: str = "GFN2-xTB"
     accuracy: float = 0.1
     electronic_temperature: float = 300.0
     max_iterations: int = 250
+    solvent: str | None = None
 
     def check(self) -> None:
-        """Raise `ImportError` without tblite, `ValueError` for a method that it does not have."""
+        """Raise `ImportError` without tblite, `ValueError` for a method or a solvent that it does not have."""
         _require_tblite()
         if self.method not in TBLITE_METHODS:
             raise ValueError(f"method: {self.method!r} is not one of tblite's; {near(self.method, TBLITE_METHODS)}")
+        if self.solvent is not None:
+            self._calculator(Structure(np.array([2]), np.zeros((1, 3))), self.accuracy)
 
     def _calculator(self, structure: Structure, accuracy: float) -> Any:
         interface = _require_tblite()
@@ -151,6 +158,15 @@ class TBLite:
         calculator.set("temperature", self.electronic_temperature * HARTREE_PER_KELVIN)
         if structure.multiplicity > 1:
             calculator.add("spin-polarization", 1.0)
+        if self.solvent is not None:
+            if structure.cell is not None:
+                raise LabelError(f"solvent: {self.solvent!r} is for open systems, got a box")
+            try:
+                calculator.add("alpb-solvation", self.solvent)
+            except (RuntimeError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"solvent: expected one that tblite has, for example 'water', got {self.solvent!r} ({error})"
+                ) from error
         return calculator
 
     def _single_point(self, calculator: Any, previous: Any = None) -> Any:
@@ -205,7 +221,8 @@ class TBLite:
         return {
             "method": self.method,
             "program": f"tblite {_version('tblite')}",
-            "settings": asdict(self),
+            # a setting that came later and is not used is not named, so that folders begun before can go on
+            "settings": {key: value for key, value in asdict(self).items() if key != "solvent" or value is not None},
             "open_shells": "spin-polarization 1.0 where the multiplicity is larger than 1",
             "energy_reference": "free atoms, ground-state multiplicity, spin-polarised, same method",
             "charges": "Mulliken",
@@ -218,6 +235,7 @@ def _tblite_atom_energy(method: TBLite, number: int) -> float:
         raise ValueError(f"number: {method.method} has the elements 1 to 86, got {number}")
     multiplicity = 2 if _is_4f_in_core(np.array(number)) else GROUND_STATE_MULTIPLICITY[number]
     atom = Structure(np.array([number]), np.zeros((1, 3)), multiplicity=multiplicity)
+    method = dataclasses.replace(method, solvent=None)
     result = method._single_point(method._calculator(atom, 0.01))
     return float(result.get("energy")) * EV_PER_HARTREE
 

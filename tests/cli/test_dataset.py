@@ -93,6 +93,8 @@ def test_any_ase_calculator(tmp_path: Path) -> None:
         (["missing.xyz"], "missing.xyz: no such file"),
         (["smiles:C1CC"], "smiles: expected a molecule, got 'C1CC'"),
         (["smiles:C", "--method", "GFN3"], "method: 'GFN3' is not one of tblite's"),
+        (["smiles:C", "--solvent", "wine"], "solvent: expected one that tblite has, for example 'water', got 'wine'"),
+        (["smiles:C", "--solvent", "water", "--calculator", "lj"], "--solvent: expected only without --calculator"),
         (["smiles:C", "--charge-keyword", "charge"], "--charge-keyword: expected only together with --calculator"),
         (["smiles:C", "--calculator", "nosuch:Thing"], "calculator: expected 'module:Class'"),
         (["smiles:C", "--charge", "1"], "not one of 1 structures could be labelled"),

@@ -21,6 +21,7 @@ from openmm_mlff.data.structures import Structure, check_charge_and_multiplicity
 # not taken from openmm_mlff.units on purpose: CODATA 2018, NIST
 HARTREE = 27.211386245988
 BOHR = 0.529177210903
+HARTREE_IN_KCAL = 627.5094740631
 
 tblite = pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
 
@@ -39,7 +40,7 @@ METHANOL = Structure(
 )
 
 
-def direct_energy(structure: Structure, positions: np.ndarray, spin: bool = False) -> float:
+def direct_energy(structure: Structure, positions: np.ndarray, spin: bool = False, solvent: str | None = None) -> float:
     """Total energy (eV) from tblite itself, tightly converged."""
     calculator = tblite.Calculator(
         "GFN2-xTB", structure.numbers, positions / BOHR, structure.charge, structure.multiplicity - 1
@@ -48,32 +49,35 @@ def direct_energy(structure: Structure, positions: np.ndarray, spin: bool = Fals
     calculator.set("accuracy", 0.001)
     if spin:
         calculator.add("spin-polarization", 1.0)
+    if solvent is not None:
+        calculator.add("alpb-solvation", solvent)
     return float(calculator.singlepoint().get("energy")) * HARTREE
 
 
 @pytest.mark.parametrize(
-    ("structure", "spin"),
+    ("structure", "spin", "solvent"),
     [
-        (METHANOL, False),
-        (METHANOL.replace(charge=1, multiplicity=2), True),
-        (Structure(METHANOL.numbers[[0, 1, 2, 3, 4]], METHANOL.positions[[0, 1, 2, 3, 4]], charge=-1), False),
+        (METHANOL, False, None),
+        (METHANOL.replace(charge=1, multiplicity=2), True, None),
+        (Structure(METHANOL.numbers[[0, 1, 2, 3, 4]], METHANOL.positions[[0, 1, 2, 3, 4]], charge=-1), False, None),
+        (METHANOL, False, "water"),
     ],
-    ids=["methanol", "radical cation", "methoxide"],
+    ids=["methanol", "radical cation", "methoxide", "in water"],
 )
-def test_energy_and_forces_agree_with_tblite(structure: Structure, spin: bool) -> None:
-    label = TBLite().label(structure)
+def test_energy_and_forces_agree_with_tblite(structure: Structure, spin: bool, solvent: str | None) -> None:
+    label = TBLite(solvent=solvent).label(structure)
     assert label.forces is not None
     atoms = sum(
         direct_energy(Structure([z], np.zeros((1, 3)), multiplicity=m), np.zeros((1, 3)), spin=True)
         for z, m in zip(structure.numbers, [{1: 2, 6: 3, 8: 3}[int(z)] for z in structure.numbers], strict=True)
     )
-    assert label.energy == pytest.approx(direct_energy(structure, structure.positions, spin) - atoms, abs=2e-6)
+    assert label.energy == pytest.approx(direct_energy(structure, structure.positions, spin, solvent) - atoms, abs=2e-6)
     for atom, axis in ((0, 1), (1, 0), (4, 2)):
         step = np.zeros_like(structure.positions)
         step[atom, axis] = 2e-3
         numeric = (
-            direct_energy(structure, structure.positions - step, spin)
-            - direct_energy(structure, structure.positions + step, spin)
+            direct_energy(structure, structure.positions - step, spin, solvent)
+            - direct_energy(structure, structure.positions + step, spin, solvent)
         ) / 4e-3
         assert label.forces[atom, axis] == pytest.approx(numeric, abs=2e-4)
 
@@ -91,6 +95,52 @@ def test_dipole_is_the_response_to_an_electric_field() -> None:
     step = 1e-3
     numeric = [-(energy(step * e) - energy(-step * e)) / (2 * step) for e in np.eye(3)]
     np.testing.assert_allclose(TBLite().label(METHANOL).dipole, np.array(numeric) * BOHR, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "expected"),
+    # measured hydration free energies of FreeSolv, kcal/mol
+    [("CCO", -5.0), ("CC(=O)N", -9.71), ("c1ccccc1", -0.9)],
+    ids=["ethanol", "acetamide", "benzene"],
+)
+def test_implicit_water_has_the_right_size(smiles: str, expected: float) -> None:
+    pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
+    from openmm_mlff.data.molecules import embed_smiles
+
+    (structure,) = embed_smiles(smiles, 1, 1)
+    vacuum, water = TBLite().label(structure), TBLite(solvent="water").label(structure)
+    assert vacuum.energy is not None
+    assert water.energy is not None
+    # a rigid molecule, and a method that was fitted to such numbers: within 1.5 kcal/mol
+    assert (water.energy - vacuum.energy) * HARTREE_IN_KCAL / HARTREE == pytest.approx(expected, abs=1.5)
+    assert vacuum.charges is not None
+    assert water.charges is not None
+    # the molecule is polarised by the water that it polarises
+    assert np.abs(water.charges).sum() > np.abs(vacuum.charges).sum()
+
+
+def test_solvents_that_cannot_be_are_refused() -> None:
+    for solvent in ("wine", "", 3):
+        with pytest.raises(ValueError, match=rf"^solvent: expected one that tblite has, .* got {solvent!r}"):
+            TBLite(solvent=solvent).check()  # type: ignore[arg-type]
+    TBLite(solvent="water").check()
+    box = METHANOL.replace(cell=np.eye(3) * 20)
+    for method in (TBLite(solvent="water").label, TBLite(solvent="water").driver):
+        with pytest.raises(LabelError, match="solvent: 'water' is for open systems, got a box"):
+            method(box)
+
+
+def test_the_solvent_is_described_where_there_is_one() -> None:
+    assert TBLite(solvent="water").describe()["settings"]["solvent"] == "water"
+    # folders that were begun before there were solvents compare with this
+    settings = {"method": "GFN2-xTB", "accuracy": 0.1, "electronic_temperature": 300.0, "max_iterations": 250}
+    assert TBLite().describe()["settings"] == settings
+    assert method_from_table({"solvent": "water"}) == TBLite(solvent="water")
+
+
+def test_free_atoms_are_in_vacuum() -> None:
+    for number in (1, 8):
+        assert TBLite(solvent="water").atom_energy(number) == TBLite().atom_energy(number)
 
 
 def test_charges_add_up_to_the_total_charge() -> None:
@@ -133,14 +183,15 @@ def test_periodic_label_does_not_depend_on_wrapping() -> None:
     assert abs(one.energy - TBLite().label(METHANOL).energy) > 1e-3
 
 
-def test_driver_follows_a_moving_molecule() -> None:
-    drive = TBLite().driver(METHANOL)
+@pytest.mark.parametrize("solvent", [None, "water"])
+def test_driver_follows_a_moving_molecule(solvent: str | None) -> None:
+    drive = TBLite(solvent=solvent).driver(METHANOL)
     rng = np.random.default_rng(4)
     positions = METHANOL.positions
     for _ in range(3):
         positions = positions + 0.02 * rng.normal(size=positions.shape)
         energy, forces = drive(positions)
-        label = TBLite().label(METHANOL.replace(positions=positions))
+        label = TBLite(solvent=solvent).label(METHANOL.replace(positions=positions))
         assert energy == pytest.approx(label.energy, abs=1e-5)
         np.testing.assert_allclose(forces, label.forces, atol=2e-3)
 
