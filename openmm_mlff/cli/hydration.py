@@ -97,11 +97,10 @@ def run(args: argparse.Namespace) -> int:
     from openmm_mlff.data.solutes import read_solutes
     from openmm_mlff.sampling.hydration import hydrate
     from openmm_mlff.sampling.hydration_runs import PairFiles
-    from openmm_mlff.training.evaluation import find_model
 
     settings = settings_from(args)
     given = {name: getattr(args, name) for name in ("model", "vacuum", "water") if getattr(args, name) is not None}
-    pair = PairFiles.read(**{name: find_model(value) for name, value in given.items()})
+    pair = PairFiles.read(**{name: _model_path(name, value) for name, value in given.items()})
     solutes = read_solutes(args.input, args.conformers, args.seed, args.name)
     if len(solutes) == 1 and solutes[0].problem:
         raise ValueError(solutes[0].problem)
@@ -110,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     outcomes = hydrate(
         solutes, pair, settings, output, processes=args.processes, scheduler=args.scheduler, progress=progress
     )
+    if len(outcomes) == 1 and outcomes[0].status == "refused":
+        raise ValueError(outcomes[0].message)
     write_results(outcomes, settings, output, args, pair.describe())
     if len(outcomes) == 1 and outcomes[0].result is None:
         raise ValueError(f"{outcomes[0].status}: {outcomes[0].message}")
@@ -119,6 +120,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"openmm-mlff: {len(bad)} of {len(outcomes)} molecules have no result", file=sys.stderr)
     print(f"results are in {output}")
     return 1 if bad else 0
+
+
+def _model_path(option: str, value: str) -> Path:
+    """The file of one of the models; errors name the option."""
+    from openmm_mlff.training.evaluation import find_model
+
+    try:
+        return find_model(value)
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error).removeprefix("model: ").removeprefix("name: ")
+        raise ValueError(f"{option}: {text}") from error
 
 
 def write_results(

@@ -58,8 +58,7 @@ def run_campaign(
     dask (extra ``cluster``), `OSError` if the scheduler does not answer; what `keep` raises is passed on. After an
     interrupt no result that was kept is lost.
     """
-    if processes < 1:
-        raise ValueError(f"processes: expected at least 1, got {processes}")
+    check_workers(processes, scheduler)
     failed: dict[str, Failed] = {}
     left = dict(tasks)
     with ProgressBar(title, len(tasks) if total is None else total, 0, progress) as bar:
@@ -87,6 +86,14 @@ def run_campaign(
         else:
             _run_in_pools(left, work, finish, processes)
     return failed
+
+
+def check_workers(processes: int, scheduler: str | None) -> None:
+    """Raise `ValueError` for fewer than one process or what cannot be the address of a scheduler."""
+    if processes < 1:
+        raise ValueError(f"processes: expected at least 1, got {processes}")
+    if scheduler is not None and "://" not in scheduler:
+        raise ValueError(f"scheduler: expected an address such as tcp://host:8786, got {scheduler!r}")
 
 
 def _guarded(work: Callable[[Any], Any], argument: Any) -> Any:
@@ -156,8 +163,6 @@ def _collect(
 @contextmanager
 def _dask_executor(address: str) -> Iterator[Executor]:
     """The cluster as an executor; tasks that are left when the block ends are cancelled."""
-    if "://" not in address:
-        raise ValueError(f"scheduler: expected an address such as tcp://host:8786, got {address!r}")
     try:
         from distributed import Client
     except ImportError as error:

@@ -38,12 +38,18 @@ class Outcome:
 def claim_folder(folder: str | Path, configuration: Mapping[str, Any]) -> None:
     """Write ``configuration.json``, or check that the folder was begun with the same configuration.
 
-    Raises `ValueError` naming the first setting that differs, so that one dataset never mixes two of them.
+    Raises `ValueError` naming the first setting that differs, so that one dataset never mixes two of them, and
+    `OSError` if the folder cannot be written to.
     """
     path = Path(folder) / "configuration.json"
     wanted = json.loads(json.dumps(configuration))
-    if not path.exists():
-        write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
+    try:
+        begun = path.exists()
+        if not begun:
+            write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
+    except OSError as error:
+        raise type(error)(f"output: expected a folder to write into, got {folder} ({error.strerror})") from error
+    if not begun:
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for key in sorted({*wanted, *found}):

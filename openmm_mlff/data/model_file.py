@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from openmm_mlff._plugins import near
 from openmm_mlff.data.files import write_atomically
 
 FORMAT = "openmm-mlff"
@@ -35,6 +37,13 @@ CARD_FIELDS = (
     "accuracy",
     "source",
 )
+
+
+def check_card_fields(card: Mapping[str, Any]) -> None:
+    """Raise `ValueError` naming a field that is not among `CARD_FIELDS`."""
+    for name in card:
+        if name not in CARD_FIELDS:
+            raise ValueError(f"card: there is no field {name!r}; {near(name, CARD_FIELDS)}")
 
 
 def sha256_of(path: str | Path) -> str:

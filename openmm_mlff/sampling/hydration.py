@@ -21,7 +21,7 @@ import numpy as np
 
 from openmm_mlff.analysis.free_energy import LEAST_OVERLAP, InsufficientOverlap, pymbar_module
 from openmm_mlff.analysis.hydration import Hydration, hydration
-from openmm_mlff.data.campaigns import Failed, run_campaign
+from openmm_mlff.data.campaigns import Failed, check_workers, run_campaign
 from openmm_mlff.data.jobs import claim_folder
 from openmm_mlff.data.solutes import Solute
 from openmm_mlff.data.structures import Structure, formula
@@ -144,12 +144,14 @@ def hydrate(
 
     Args:
         folder: for ``configuration.json`` and the samples; a folder begun before goes on. It may be given other
-            molecules, but no other potentials or settings, and no other start structures under an old name.
+            molecules, but no other potentials or settings, and no other start structures under an old name. Nothing is
+            written if not one molecule can be simulated.
         processes, scheduler: see `run_campaign`.
 
     Raises `ValueError` naming what differs from the folder, for names that are not unique, `ImportError` without
     pymbar, and what `run_campaign` raises. What is wrong with single molecules stands in their outcomes.
     """
+    check_workers(processes, scheduler)
     pymbar_module()  # its estimates come last: hours after a message that it is missing would have been of use
     names = [solute.name for solute in solutes]
     if len(set(names)) < len(names):
@@ -162,10 +164,12 @@ def hydrate(
         plain.pop(name)
     for name in ("batch", "length"):
         plain["sampling"].pop(name)
-    claim_folder(folder, plain)
     loaded = pair.load()
     checked = [_checked(solute, loaded) for solute in solutes]
-    tasks = _tasks([s for s in checked if not s.problem], pair, settings, folder)
+    sound = [solute for solute in checked if not solute.problem]
+    if sound:
+        claim_folder(folder, plain)
+    tasks = _tasks(sound, pair, settings, folder)
 
     def keep(task: str, results: Mapping[str, StateSamples]) -> dict[str, Group]:
         group, going_on = tasks[task], []

@@ -56,22 +56,29 @@ class PairFiles:
     def sha256(self) -> tuple[str, ...]:
         return tuple(hashlib.sha256(data).hexdigest() for _, data in self.files)
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the files: 'model', or 'vacuum' and 'water'."""
+        return ("model",) if len(self.files) == 1 else ("vacuum", "water")
+
     def describe(self) -> dict[str, dict[str, str]]:
         """Name and checksum of each file."""
-        roles = ("model",) if len(self.files) == 1 else ("vacuum", "water")
         return {
             role: {"file": name, "sha256": digest}
-            for role, (name, _), digest in zip(roles, self.files, self.sha256, strict=True)
+            for role, (name, _), digest in zip(self.roles, self.files, self.sha256, strict=True)
         }
 
     def load(self) -> Interpolated:
-        """The pair; raises `ValueError` if the files do not hold one."""
+        """The pair; raises `ValueError` naming the file if they do not hold one."""
         found = []
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in self.files:
+            for role, (name, data) in zip(self.roles, self.files, strict=True):
                 path = Path(folder) / name
                 path.write_bytes(data)
-                found.append(load_potential(path))
+                try:
+                    found.append(load_potential(path))
+                except ValueError as error:
+                    raise ValueError(f"{role}: {str(error).removeprefix('modelPath: ')}") from error
         if len(found) == 2:
             return Interpolated(found[0], found[1])
         if not isinstance(found[0], Interpolated):

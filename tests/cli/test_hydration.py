@@ -249,6 +249,8 @@ def test_a_missing_estimator_is_found_before_the_simulations(
         ("N#N", ("--processes", 0), "processes: expected at least 1"),
         ("N#N", ("--scheduler", "somewhere"), "scheduler: expected an address"),
         ("N#N", ("--model", "pair.safetensors"), "model: no file at pair.safetensors"),
+        ("N#N", ("--vacuum", "v.safetensors"), "vacuum: no file at v.safetensors"),
+        ("N#N", ("--water", "nosuchmodel"), "water: no potential is called 'nosuchmodel'"),
         ("missing.sdf", (), "missing.sdf: no such file"),
     ],
 )
@@ -263,6 +265,32 @@ def test_bad_input_is_one_clear_line(
     assert command(source, models, tmp_path / "run", *options) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_a_refused_molecule_stays_free(models: dict[str, Path], tmp_path: Path) -> None:
+    assert command("O=O", models, tmp_path / "run", "--temperature", 310) == 1
+    assert command("N#N", models, tmp_path / "run", "--temperature", 290, "--length", 0.5) == 0
+
+
+def test_an_impossible_folder_is_one_clear_line(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert command("N#N", models, output) == 1
+        error = capsys.readouterr().err
+        assert f"error: output: expected a folder to write into, got {output} (" in error and error.count("\n") == 1
+
+
+def test_a_damaged_file_is_named_by_its_role(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "water" / models["vacuum"].name
+    broken.parent.mkdir()
+    broken.write_bytes(models["water"].read_bytes()[:-40])
+    assert command("N#N", models | {"water": broken}, tmp_path / "run") == 1
+    assert f"error: water: {broken.name} is damaged" in capsys.readouterr().err
 
 
 def test_one_potential_is_no_pair(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

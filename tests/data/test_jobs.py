@@ -79,6 +79,14 @@ def test_a_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
         claim_folder(tmp_path, {"method": "GFN2-xTB", "pair": (1, 2), "extra": 1})
 
 
+def test_a_folder_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match=rf"^output: expected a folder to write into, got {folder} \("):
+            claim_folder(folder, {"method": "GFN2-xTB"})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 class Crash:
     """Ends the process that unpickles it."""
 

@@ -105,6 +105,18 @@ def test_members_from_files_keep_their_cards(model: ResolvPotential, tmp_path: P
     assert load_potential(both).energy_and_forces(METHANOL)[0] == model.energy_and_forces(METHANOL)[0]
 
 
+def test_a_pair_refuses_unknown_fields_and_names_the_member(model: ResolvPotential, tmp_path: Path) -> None:
+    target, damaged = tmp_path / "pair.safetensors", tmp_path / "damaged.safetensors"
+    with pytest.raises(ValueError, match=r"card: there is no field 'license'; did you mean 'licence'\?"):
+        save_pair(model.water, model.vacuum, target, license="MIT")
+    with pytest.raises(FileNotFoundError, match=r"^water: no file at .*missing\.safetensors"):
+        save_pair(tmp_path / "missing.safetensors", model.vacuum, target)
+    damaged.write_bytes(save_potential(model.vacuum, tmp_path / "whole.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"^vacuum: damaged\.safetensors is damaged"):
+        save_pair(model.water, damaged, target)
+    assert not target.exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
