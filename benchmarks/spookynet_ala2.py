@@ -36,8 +36,8 @@ from openmmml import MLPotential
 from openmm_mlff.analysis.errors import error_tables
 from openmm_mlff.analysis.observables import dihedral, energy_drift, mean_with_error, ramachandran_free_energy
 from openmm_mlff.data.datasets import Dataset
+from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.labelling import label_structures
-from openmm_mlff.data.model_file import sha256_of
 from openmm_mlff.data.reference import TBLite
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential

@@ -161,7 +161,7 @@ def _one_thread() -> None:
 
 def _read_inputs(args: argparse.Namespace) -> tuple[list[Structure], dict[str, Any]]:
     """Structures of all inputs, and what the data card says of where they come from."""
-    from openmm_mlff.data.datasets import sha256
+    from openmm_mlff.data.files import sha256_of
     from openmm_mlff.data.formats import read_structures, with_groups
     from openmm_mlff.data.molecules import embed_smiles
     from openmm_mlff.data.trajectories import read_trajectory
@@ -177,12 +177,12 @@ def _read_inputs(args: argparse.Namespace) -> tuple[list[Structure], dict[str, A
             source |= {"conformers": args.conformers, "seed": args.seed}
         elif args.topology is not None or path.suffix.lower() in TRAJECTORIES:
             found = read_trajectory(path, args.topology, atoms=args.atoms, stride=args.stride, **state)
-            source |= {"sha256": sha256(path), "atoms": args.atoms, "stride": args.stride}
+            source |= {"sha256": sha256_of(path), "atoms": args.atoms, "stride": args.stride}
         else:
             smiles = path.suffix.lower() == ".smi"
             options = {"conformers": args.conformers, "seed": args.seed} if smiles else {}
             found = read_structures(path, **options, **state)
-            source |= {"sha256": sha256(path), **options}
+            source |= {"sha256": sha256_of(path), **options}
         sources.append(source | state | {"structures": len(found)})
         structures += found
     return with_groups(structures, args.group_by), {"how": "from files", "sources": sources, "group_by": args.group_by}

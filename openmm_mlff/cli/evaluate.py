@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from openmm_mlff.data.files import write_atomically
-    from openmm_mlff.data.model_file import sha256_of
+    from openmm_mlff.data.files import sha256_of, write_atomically
     from openmm_mlff.potentials.family import load_potential
     from openmm_mlff.training.evaluation import compare, find_model, write_report
     from openmm_mlff.training.recipe import load_labelled

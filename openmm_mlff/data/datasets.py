@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from openmm_mlff import __version__
-from openmm_mlff.data.files import write_atomically
+from openmm_mlff.data.files import sha256_of, write_atomically
 from openmm_mlff.data.reference import LabelError, ReferenceMethod
 from openmm_mlff.data.shards import FORMAT, read_header, read_shard, write_shard
 from openmm_mlff.data.structures import SYMBOLS, Structure
@@ -117,17 +117,11 @@ class Dataset:
         for shard in self.shards:
             if shard.name not in recorded:
                 raise ValueError(f"{shard}: the card does not know this shard")
-            if sha256(shard) != recorded[shard.name]["sha256"]:
+            if sha256_of(shard) != recorded[shard.name]["sha256"]:
                 raise ValueError(f"{shard}: the contents have changed (sha256 differs from the card)")
         missing = set(recorded) - {shard.name for shard in self.shards}
         if missing:
             raise ValueError(f"{self.path}: the shard {sorted(missing)[0]} is missing")
-
-
-def sha256(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(structures: Iterable[Structure]) -> str:
@@ -271,7 +265,11 @@ def finish_dataset(
         "sampling": dict(sampling),
         "failures": {"count": len(failures), "reasons": dict(Counter(failures.values()).most_common(20))},
         "shards": {
-            shard.name: {"structures": len(read_header(shard)), "bytes": shard.stat().st_size, "sha256": sha256(shard)}
+            shard.name: {
+                "structures": len(read_header(shard)),
+                "bytes": shard.stat().st_size,
+                "sha256": sha256_of(shard),
+            }
             for shard in dataset.shards
         },
     }

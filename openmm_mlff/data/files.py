@@ -1,4 +1,4 @@
-"""bytes -> a file that is always whole; arrays and a JSON header <-> such a file.
+"""bytes -> a file that is always whole; its checksum; arrays and a JSON header <-> such a file.
 
 Files of arrays are safetensors: nothing in them is executed when they are read. Their metadata have the one key
 ``openmm-mlff`` (several would be written in a random order, and equal contents should be equal files): a JSON object
@@ -7,6 +7,7 @@ with ``format`` and whatever the kind of file needs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -19,6 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 METADATA_KEY = "openmm-mlff"
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:

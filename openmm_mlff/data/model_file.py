@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from openmm_mlff._plugins import near
-from openmm_mlff.data.files import write_atomically
+from openmm_mlff.data.files import sha256_of, write_atomically
 
 FORMAT = "openmm-mlff"
 FORMAT_VERSION = 1
@@ -44,15 +44,6 @@ def check_card_fields(card: Mapping[str, Any]) -> None:
     for name in card:
         if name not in CARD_FIELDS:
             raise ValueError(f"card: there is no field {name!r}; {near(name, CARD_FIELDS)}")
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        for block in iter(lambda: handle.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def verify(path: str | Path, sha256: str) -> None:

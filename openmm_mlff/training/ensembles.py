@@ -18,8 +18,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from openmm_mlff.data.datasets import digest, sha256
-from openmm_mlff.data.files import read_arrays, write_arrays
+from openmm_mlff.data.datasets import digest
+from openmm_mlff.data.files import read_arrays, sha256_of, write_arrays
 from openmm_mlff.data.jobs import claim_folder, run_tasks
 from openmm_mlff.data.structures import Batch, Structure
 from openmm_mlff.potentials.family import load_potential
@@ -132,7 +132,9 @@ def _claim(
     how = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("seed", "batch")}
     begin = {n: s if (start := starts[n]) is None else s.replace(positions=start[0]) for n, s in structures.items()}
     digests = {name: digest([structure])[:16] for name, structure in begin.items()}
-    claim_folder(folder, {"model": sha256(model), "settings": how, "seed": seed, "starts": digests, "groups": groups})
+    claim_folder(
+        folder, {"model": sha256_of(model), "settings": how, "seed": seed, "starts": digests, "groups": groups}
+    )
     return groups
 
 

@@ -40,8 +40,8 @@ from typing import Any, TypeVar
 
 from openmm_mlff._plugins import near
 from openmm_mlff.data.datasets import Dataset, split_by_group
+from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.formats import read_structures
-from openmm_mlff.data.model_file import sha256_of
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.training.loop import LoopOptions
 from openmm_mlff.training.losses import LossWeights

@@ -23,8 +23,8 @@ import torch
 from openmm_mlff import __version__
 from openmm_mlff._plugins import near
 from openmm_mlff.analysis.plots import plot_history
-from openmm_mlff.data.files import write_atomically
-from openmm_mlff.data.model_file import load_card, sha256_of
+from openmm_mlff.data.files import sha256_of, write_atomically
+from openmm_mlff.data.model_file import load_card
 from openmm_mlff.potentials.composition import Composite
 from openmm_mlff.potentials.family import find_family, load_potential, save_potential
 from openmm_mlff.potentials.potential import Potential

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from openmm_mlff.cli import main
-from openmm_mlff.data.datasets import sha256, split_dataset, write_dataset
+from openmm_mlff.data.datasets import split_dataset, write_dataset
+from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.formats import read_structures, write_structures
 from openmm_mlff.data.model_file import load_card
 from openmm_mlff.data.structures import Structure
@@ -67,7 +68,7 @@ def test_the_card_says_what_the_model_was_made_from(run: Path) -> None:
     card = load_card(run / "run" / "model.safetensors")
     data = card["training_data"]
     shard = next(iter((run / "data" / "shards").iterdir()))
-    assert data["sources"][0]["shards"] == {shard.name: sha256(shard)}
+    assert data["sources"][0]["shards"] == {shard.name: sha256_of(shard)}
     recorded = json.loads((run / "data" / "card.json").read_text(encoding="utf-8"))["splits"]["groups"]
     assert data["groups"] == {name: recorded[name] for name in ("train", "valid", "test")}
     assert data["structures"] == {"train": 16, "valid": 8, "test": 8}
@@ -101,7 +102,7 @@ def test_evaluate_agrees_with_numpy(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert table["+1"]["structures"] == len(charged)
     assert table["+1"]["forces_mae"] == pytest.approx(1e3 * np.mean(np.abs(np.array(force)[charged])), rel=1e-9)
     config = json.loads((tmp_path / "evaluation_config.json").read_text(encoding="utf-8"))
-    assert config["model"]["sha256"] == sha256(model_path) and config["split"] == "test"
+    assert config["model"]["sha256"] == sha256_of(model_path) and config["split"] == "test"
 
 
 def test_evaluate_reads_files(run: Path, tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_training_goes_on_from_a_model(run: Path) -> None:
     for (name, a), b in zip(tuned.named_parameters(), first.parameters(), strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-7, err_msg=name)
     config = json.loads((run / "tuned" / "config.json").read_text(encoding="utf-8"))
-    assert config["init"] == {"file": "model.safetensors", "sha256": sha256(model)}
+    assert config["init"] == {"file": "model.safetensors", "sha256": sha256_of(model)}
     assert main(command(run, "tuned", "--resume", config=False)) == 0
 
 
