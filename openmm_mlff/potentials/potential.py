@@ -66,6 +66,8 @@ class Potential(nn.Module):
         long_range_methods: the methods that the family offers.
         first_derivatives_only: set while a graph is recorded that is differentiated once; `predict` may then use
             forms that have no second derivatives.
+        native_training: set by a training that asks for it (``native = true`` of a recipe); `predict` may then use C++
+            kernels that have second derivatives.
         charges, multiplicities: total charges and spin multiplicities that the model was trained on; None means any.
         predicts_charges, supports_charge, supports_multiplicity, supports_periodic: what the model can do.
         fixed_lattice: whether a periodic model describes the lattice of its training data and no other.
@@ -86,6 +88,7 @@ class Potential(nn.Module):
     long_range_method: str = "shifted"
     long_range_methods: tuple[str, ...] = ("shifted",)
     first_derivatives_only: bool = False
+    native_training: bool = False
     charges: tuple[int, ...] | None = None
     multiplicities: tuple[int, ...] | None = None
     predicts_charges: bool = False

@@ -12,10 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import linear
 
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials.potential import Potential, Prediction
+from openmm_spookynet import pair_training
 from openmm_spookynet.config import SpookyNetConfig
 from openmm_spookynet.dispersion import D4Dispersion
 from openmm_spookynet.electron_configuration import Z_MAX, electron_configuration_table
@@ -27,7 +29,7 @@ from openmm_spookynet.layers import (
     ResidualMLP,
     ResidualStack,
 )
-from openmm_spookynet.pair_sums import fused_pair_sums
+from openmm_spookynet.pair_sums import PairSumsFunction, fused_pair_sums
 from openmm_spookynet.terms import (
     AngularFunctions,
     Electrostatics,
@@ -101,16 +103,16 @@ class InteractionModule(nn.Module):
         center, s, p, d, q, k, v = self.heads(x)
         return Messages(x, center, torch.cat([s, p, d], -1), self.attention(q, k, v, batch))
 
-    def interact(self, m: Messages, g: Geometry, fused: bool = False) -> tuple[Tensor, Tensor]:
+    def interact(self, m: Messages, g: Geometry, sums: PairSumsFunction | None = None) -> tuple[Tensor, Tensor]:
         """New features and this module's contribution to the descriptor, ``(n_atoms, F)`` each."""
-        local = self.local(self.local_features(m, g, fused))
+        local = self.local(self.local_features(m, g, sums))
         x = self.residual_post(m.x + local + m.nonlocal_)
         return x, self.output(x)
 
-    def local_features(self, m: Messages, g: Geometry, fused: bool = False) -> Tensor:
+    def local_features(self, m: Messages, g: Geometry, sums: PairSumsFunction | None = None) -> Tensor:
         """s + <P, P> + <D, D>: rotationally invariant products of s-, p- and d-type sums over neighbours (eqs. 3-5)."""
-        if fused:
-            s, p, d = fused_pair_sums(g.rbf, g.f, g.p, g.d, m.spd, self.radial.weight, g.index)
+        if sums is not None:
+            s, p, d = sums(g.rbf, g.f, g.p, g.d, m.spd, self.radial.weight, g.index)
         else:
             received = self.radial(g.rbf) * m.spd[g.index]  # (n_atoms, slots, 3F)
             s, p, d = received.chunk(3, -1)
@@ -225,17 +227,26 @@ class SpookyNet(Potential):
 
     def descriptor(self, batch: Batch, messages: Messages, geometry: Geometry) -> Tensor:
         """Sum of the modules' contributions, ``(n_atoms, F)``; `messages` are the first module's."""
-        fused = self.first_derivatives_only
+        sums = self._pair_sums(geometry)
         keep = None
         first, *others = cast(list[InteractionModule], list(self.interactions))
-        x, total = first.interact(messages, geometry, fused)
+        x, total = first.interact(messages, geometry, sums)
         for module in others:
-            x, y = module.interact(module.messages(x, batch), geometry, fused)
+            x, y = module.interact(module.messages(x, batch), geometry, sums)
             if self.training and self.config.module_keep_prob < 1:
                 keep = self._drop(keep, y, batch)
                 y = y * keep
             total = total + y
         return total
+
+    def _pair_sums(self, geometry: Geometry) -> PairSumsFunction | None:
+        """What sums over neighbours instead of torch's operations, or None."""
+        if self.first_derivatives_only:
+            return fused_pair_sums
+        # a graph that is being recorded holds torch's operations only
+        if self.native_training and get_proxy_mode() is None and pair_training.usable(geometry.rbf):
+            return pair_training.native_pair_sums
+        return None
 
     def _drop(self, keep: Tensor | None, y: Tensor, batch: Batch) -> Tensor:
         """Structures whose later modules still count: the last one is kept with probability `module_keep_prob`."""

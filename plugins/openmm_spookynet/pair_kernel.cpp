@@ -45,6 +45,38 @@ inline REAL dot(const REAL* __restrict__ a, const REAL* __restrict__ b) {
     return sum;
 }
 
+// Sum of rho[k] h[x] over pairs. Four pairs are kept back, so that the sum is read and written once for all of them.
+struct Outer {
+    REAL* __restrict__ sum;  // (K, 3F)
+    alignas(64) REAL rho[4][K], h[4][3 * F];
+    int n = 0;
+
+    explicit Outer(REAL* target) : sum(target) {}
+    void flush() {
+        for (int q = n; q < 4; ++q) {
+            for (int k = 0; k < K; ++k) rho[q][k] = 0;
+            for (int x = 0; x < 3 * F; ++x) h[q][x] = 0;
+        }
+        for (int k = 0; k < K; ++k) {
+            REAL* __restrict__ row = sum + k * 3 * F;
+            const REAL a = rho[0][k], b = rho[1][k], c = rho[2][k], d = rho[3][k];
+            for (int x = 0; x < 3 * F; ++x) row[x] += (a * h[0][x] + b * h[1][x]) + (c * h[2][x] + d * h[3][x]);
+        }
+        n = 0;
+    }
+    void add(const REAL* radial_functions, const REAL* factor) {
+        std::memcpy(rho[n], radial_functions, sizeof rho[0]);
+        std::memcpy(h[n], factor, sizeof h[0]);
+        if (++n == 4) flush();
+    }
+};
+
+// w (K, 3F) -> (3F, K)
+inline void transpose(const REAL* __restrict__ w, REAL* __restrict__ out) {
+    for (int k = 0; k < K; ++k)
+        for (int x = 0; x < 3 * F; ++x) out[x * K + k] = w[k * 3 * F + x];
+}
+
 inline void add_scaled(REAL* __restrict__ out, REAL y, const REAL* __restrict__ v) {
     for (int x = 0; x < F; ++x) out[x] += y * v[x];
 }
@@ -77,13 +109,14 @@ extern "C" void pair_sums_forward(int64_t atoms, int64_t slots, const REAL* rbf,
 
 // Derivatives of a function with derivatives gs, gp, gd with respect to s, p, d. The sum over atoms that receive from
 // i is a sum over i's own neighbourhood, because the list holds both directions: g and Y2 are even, Y1 is odd.
+// d_w (RADIAL, 3 FEATURES) is left out where it is null.
 extern "C" void pair_sums_backward(int64_t atoms, int64_t slots, const REAL* rbf, const REAL* f, const REAL* y1,
                                    const REAL* y2, const REAL* spd, const REAL* w, const int64_t* index,
                                    const REAL* gs, const REAL* gp, const REAL* gd, REAL* d_rbf, REAL* d_y1, REAL* d_y2,
-                                   REAL* d_spd) {
+                                   REAL* d_spd, REAL* d_w) {
     alignas(64) static thread_local REAL transposed[3 * F * K];
-    for (int k = 0; k < K; ++k)
-        for (int x = 0; x < 3 * F; ++x) transposed[x * K + k] = w[k * 3 * F + x];
+    transpose(w, transposed);
+    Outer outer(d_w);
     for (int64_t i = 0; i < atoms; ++i) {
         alignas(64) REAL mine[3 * F] = {0};
         for (int64_t n = 0; n < slots; ++n) {
@@ -122,7 +155,71 @@ extern "C" void pair_sums_backward(int64_t atoms, int64_t slots, const REAL* rbf
             for (int x = 0; x < F; ++x) mine[2 * F + x] += g[x] * there[x];
 
             project(h, transposed, d_rbf + pair * K);
+            if (d_w) outer.add(rho, h);
         }
         std::memcpy(d_spd + i * 3 * F, mine, sizeof mine);
     }
+    if (d_w) outer.flush();
+}
+
+// Derivatives of M = <v_rbf, d_rbf> + <v_y1, d_y1> + <v_y2, d_y2> + <v_spd, d_spd>, with d_* as above, by everything
+// that they were computed from. With a = g, b = rho_v W, s = spd_j, t = v_spd_j, u = sum_c Y_c G_c,
+// v = sum_c Y_v,c G_c (G = gs, gp, gd of atom i), each pair and block of features adds sum_x (b s u + a t u + a s v).
+extern "C" void pair_sums_second(int64_t atoms, int64_t slots, const REAL* rbf, const REAL* f, const REAL* y1,
+                                 const REAL* y2, const REAL* spd, const REAL* w, const int64_t* index, const REAL* gs,
+                                 const REAL* gp, const REAL* gd, const REAL* v_rbf, const REAL* v_y1,
+                                 const REAL* v_y2, const REAL* v_spd, REAL* e_rbf, REAL* e_y1, REAL* e_y2, REAL* e_spd,
+                                 REAL* e_w, REAL* e_gs, REAL* e_gp, REAL* e_gd) {
+    alignas(64) static thread_local REAL transposed[3 * F * K];
+    transpose(w, transposed);
+    Outer outer(e_w);
+    for (int64_t i = 0; i < atoms; ++i) {
+        for (int64_t n = 0; n < slots; ++n) {
+            const int64_t pair = i * slots + n;
+            if (f[pair] == 0) continue;
+            const int64_t j = index[pair];
+            alignas(64) REAL by_a[3 * F], by_b[3 * F];
+            for (int block = 0; block < 3; ++block) {
+                const int first = block * F, terms = block == 0 ? 1 : block == 1 ? 3 : ND;
+                const REAL *s = spd + j * 3 * F + first, *t = v_spd + j * 3 * F + first;
+                const REAL *y = (block == 1 ? y1 : y2) + i * terms * slots + n;
+                const REAL *yv = (block == 1 ? v_y1 : v_y2) + i * terms * slots + n;
+                const REAL* gradient = (block == 0 ? gs : block == 1 ? gp : gd) + i * terms * F;
+                REAL* e_gradient = (block == 0 ? e_gs : block == 1 ? e_gp : e_gd) + i * terms * F;
+                alignas(64) REAL a[F], b[F], u[F], v[F], moved[F];
+                radial(rbf + pair * K, w + first, a);
+                radial(v_rbf + pair * K, w + first, b);
+                for (int x = 0; x < F; ++x) moved[x] = b[x] * s[x] + a[x] * t[x];
+                if (block == 0) {
+                    for (int x = 0; x < F; ++x) {
+                        u[x] = gradient[x];
+                        v[x] = 0;
+                        e_gradient[x] += moved[x];
+                    }
+                } else {
+                    alignas(64) REAL still[F];
+                    for (int x = 0; x < F; ++x) still[x] = a[x] * s[x];
+                    for (int x = 0; x < F; ++x) u[x] = v[x] = 0;
+                    REAL* e_y = (block == 1 ? e_y1 : e_y2) + i * terms * slots + n;
+                    for (int c = 0; c < terms; ++c) {
+                        add_scaled(u, y[c * slots], gradient + c * F);
+                        add_scaled(v, yv[c * slots], gradient + c * F);
+                        add_scaled(e_gradient + c * F, y[c * slots], moved);
+                        add_scaled(e_gradient + c * F, yv[c * slots], still);
+                        e_y[c * slots] = dot(gradient + c * F, moved);
+                    }
+                }
+                REAL* e_s = e_spd + j * 3 * F + first;
+                for (int x = 0; x < F; ++x) {
+                    e_s[x] += b[x] * u[x] + a[x] * v[x];
+                    by_a[first + x] = t[x] * u[x] + s[x] * v[x];
+                    by_b[first + x] = s[x] * u[x];
+                }
+            }
+            project(by_a, transposed, e_rbf + pair * K);
+            outer.add(rbf + pair * K, by_a);
+            outer.add(v_rbf + pair * K, by_b);
+        }
+    }
+    outer.flush();
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ def library(features: int, radial: int, angular_d: int, dtype: torch.dtype) -> c
     return native.library(SOURCE, (*FLAGS, *sizes))
 
 
-def _call(name: str, rbf: Tensor, y2: Tensor, spd: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+def call(
+    name: str, rbf: Tensor, y2: Tensor, spd: Tensor, inputs: list[Tensor], outputs: Sequence[Tensor | None]
+) -> None:
+    """Run a function of the kernel for the sizes of rbf, y2 and spd; outputs that are None are left out."""
     kernel = library(spd.shape[1] // 3, rbf.shape[2], y2.shape[1], rbf.dtype)
     inputs = [x.contiguous() for x in inputs]  # kept alive until the call returns
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in [*inputs, *outputs]]
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in [*inputs, *outputs]]
     getattr(kernel, name)(ctypes.c_int64(rbf.shape[0]), ctypes.c_int64(rbf.shape[1]), *pointers)
 
 
@@ -42,8 +46,8 @@ def forward_op(
     rbf: Tensor, f: Tensor, y1: Tensor, y2: Tensor, spd: Tensor, weight: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S ``(n_atoms, F)``, P ``(n_atoms, 3, F)``, D ``(n_atoms, 5, F)``; arguments as in `pair_sums.PairSums`."""
-    s, p, d = _empty_sums(y2, spd)
-    _call("pair_sums_forward", rbf, y2, spd, [rbf, f, y1, y2, spd, weight, index], [s, p, d])
+    s, p, d = empty_sums(y2, spd)
+    call("pair_sums_forward", rbf, y2, spd, [rbf, f, y1, y2, spd, weight, index], [s, p, d])
     return s, p, d
 
 
@@ -63,13 +67,13 @@ def backward_op(
     """Derivatives with respect to rbf, y1, y2 and spd."""
     d_rbf, d_y1, d_y2, d_spd = (torch.zeros(x.shape, dtype=x.dtype) for x in (rbf, y1, y2, spd))
     inputs = [rbf, f, y1, y2, spd, weight, index, gs, gp, gd]
-    _call("pair_sums_backward", rbf, y2, spd, inputs, [d_rbf, d_y1, d_y2, d_spd])
+    call("pair_sums_backward", rbf, y2, spd, inputs, [d_rbf, d_y1, d_y2, d_spd, None])
     return d_rbf, d_y1, d_y2, d_spd
 
 
 @forward_op.register_fake
 def _(rbf: Tensor, f: Tensor, y1: Tensor, y2: Tensor, spd: Tensor, weight: Tensor, index: Tensor) -> Any:
-    return _empty_sums(y2, spd)
+    return empty_sums(y2, spd)
 
 
 @backward_op.register_fake
@@ -79,7 +83,8 @@ def _(
     return tuple(x.new_empty(x.shape) for x in (rbf, y1, y2, spd))
 
 
-def _empty_sums(y2: Tensor, spd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_sums(y2: Tensor, spd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for S, P and D."""
     atoms, features = spd.shape[0], spd.shape[1] // 3
     return (
         spd.new_empty(atoms, features),

@@ -11,6 +11,7 @@ by a gather. First derivatives only; training differentiates twice and uses `Int
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from openmm_mlff.potentials import native
 from openmm_spookynet.pair_kernel import PairSumsKernel
 
+#: (rbf, f, p, d, spd, weight, index) -> S, P, D
+PairSumsFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 #: from this many neighbours on the hand-written kernel beats what the compiler makes of the sums
 KERNEL_MIN_SLOTS = 24
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials import native
+from openmm_mlff.training.batching import LabelledSet
+from openmm_mlff.training.force_matching import batch_loss
 from openmm_spookynet import SpookyNet, SpookyNetConfig, pair_kernel
 from openmm_spookynet.pair_kernel import PairSumsKernel
 from openmm_spookynet.pair_sums import PairSums
+from openmm_spookynet.pair_training import TrainingPairSums
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler (g++ or clang++)")
 
@@ -77,6 +80,88 @@ def test_sums_and_derivatives(
         (d_a.transpose(1, 2), d_b.transpose(1, 2)),
     ):
         torch.testing.assert_close(mine[mask], theirs[mask], rtol=1e-10, atol=1e-10)
+
+
+def loss_of_sums_and_derivatives(form: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], mask: Tensor) -> Tensor:
+    """What a loss of energies and forces is to the sums: it holds them and their first derivatives, nonlinearly."""
+    rbf, f, p, d, spd, weight, index = inputs
+    sums = form(rbf, f, p, d, spd, weight, index)
+    torch.manual_seed(1)
+    total = sum((torch.randn_like(x) * x + 0.1 * x**3).sum() for x in sums)
+    assert isinstance(total, Tensor)
+    first = torch.autograd.grad(total, [rbf, p, d, spd], create_graph=True)
+    torch.manual_seed(2)
+    seen = (mask[..., None], mask[:, None], mask[:, None], torch.ones(1, dtype=torch.bool))
+    parts = [((torch.randn_like(x) * x + x.square()) * m).sum() for x, m in zip(first, seen, strict=True)]
+    return total + torch.stack(parts).sum()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("features", "radial", "irreps"), [(16, 8, True), (5, 6, True), (8, 4, False)])
+def test_second_derivatives(features: int, radial: int, irreps: bool) -> None:
+    torch.manual_seed(0)
+    inputs, mask = neighbourhoods(features, radial, irreps)
+    results = []
+    for form in (plain, lambda *x: TrainingPairSums.apply(*x)):
+        moving = {k: inputs[k].clone().requires_grad_(True) for k in (0, 2, 3, 4, 5)}
+        leaves = [moving.get(k, x) for k, x in enumerate(inputs)]
+        loss = loss_of_sums_and_derivatives(form, leaves, mask)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(moving.values()))])
+    (value_a, rbf_a, p_a, d_a, *rest_a), (value_b, rbf_b, p_b, d_b, *rest_b) = results
+    assert float(value_a) == pytest.approx(float(value_b), rel=1e-12)
+    pairs = [(rbf_a[mask], rbf_b[mask])]
+    pairs += [(a.transpose(1, 2)[mask], b.transpose(1, 2)[mask]) for a, b in ((p_a, p_b), (d_a, d_b))]
+    for expected, found in [*pairs, *zip(rest_a, rest_b, strict=True)]:
+        assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+@needs_compiler
+def test_derivatives_that_the_kernel_does_not_have_are_refused() -> None:
+    inputs, _ = neighbourhoods(5, 6, True)
+    rbf, f, p, d, spd, weight, index = inputs
+    weight = weight.clone().requires_grad_(True)
+    rbf = rbf.clone().requires_grad_(True)
+    total = torch.stack([x.square().sum() for x in TrainingPairSums.apply(rbf, f, p, d, spd, weight, index)]).sum()
+    by_weight, by_rbf = torch.autograd.grad(total, [weight, rbf], create_graph=True)
+    with pytest.raises(RuntimeError, match="derivative by the radial weights cannot be differentiated again"):
+        torch.autograd.grad(by_weight.sum(), rbf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="expected at most two derivatives, got a third"):
+        torch.autograd.grad(by_rbf.sum(), rbf, create_graph=True)
+
+
+@needs_compiler
+def test_training_with_the_kernel_follows_the_same_gradient(one_thread: None) -> None:
+    config = SpookyNetConfig(num_features=16, num_basis_functions=8, num_modules=2, elements=(1, 6, 8))
+    torch.manual_seed(3)
+    model = SpookyNet(config).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    random = np.random.default_rng(5)
+    structures = [
+        Structure(
+            random.choice([1, 6, 8], n), random.uniform(0, 6, (n, 3)), energy=1.0, forces=random.normal(size=(n, 3))
+        )
+        for n in (20, 9, 40)
+    ]
+    labelled = LabelledSet(structures, model).batch([0, 1, 2])
+    weights = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    results = []
+    for model.native_training in (False, True):
+        assert (model._pair_sums(model.geometry(labelled.batch)) is not None) == model.native_training
+        loss, _ = batch_loss(model, labelled, weights)
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        results.append([loss.detach(), *(g for g in found if g is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @needs_compiler
