@@ -6,15 +6,15 @@ and any other name is refused; neither jax nor numpy's own reconstruction runs.
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
-import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from openmm_mlff.data.pickles import AllowListReader, damage_as_errors
 
 #: what a checkpoint of parameters can be made of
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -31,25 +31,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
     Raises `ValueError` if the file is damaged, or names anything but dictionaries and arrays of numbers.
     """
-    try:
-        content = path.read_bytes()
-        _check_memo(content)
-        tree = _Reader(content).load()
-        return dict(_leaves(tree, ""))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        EOFError,
-        OSError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise ValueError(f"modelPath: {path.name} is damaged or not a pickled tree of arrays ({error})") from error
+    with damage_as_errors(path, "a pickled tree of arrays"):
+        return dict(_leaves(_Reader(path.read_bytes()).load(), ""))
 
 
 def _leaves(tree: Any, prefix: str) -> Any:
@@ -106,13 +89,10 @@ def _jax_array(build: Any, arguments: Any, state: tuple[Any, ...], _: Any) -> _A
     return array
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(AllowListReader):
     """Builds dictionaries and arrays, and nothing else."""
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
-
-    def find_class(self, module: str, name: str) -> Any:
+    def known(self, module: str, name: str) -> Any:
         allowed: dict[tuple[str, str], Any] = {
             ("numpy", "dtype"): _Dtype,
             ("numpy", "ndarray"): _Array,
@@ -120,13 +100,4 @@ class _Reader(pickle.Unpickler):
             ("jax._src.device_array", "reconstruct_device_array"): _jax_array,
             ("flax.core.frozen_dict", "FrozenDict"): dict,
         } | {(core, "_reconstruct"): _Array for core in _NUMPY_CORE}
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not on the list of what may be read")
-        return allowed[module, name]
-
-
-def _check_memo(content: bytes) -> None:
-    """Refuse places of the memo beyond any that a pickle of this length can need; Python would make room for them."""
-    for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(argument or 0) > len(content):
-            raise pickle.UnpicklingError(f"it numbers an object {argument}")
+        return allowed.get((module, name))

@@ -8,16 +8,16 @@ held, tensors are rebuilt by this file, and any other name is refused.
 from __future__ import annotations
 
 import collections
-import io
 import math
 import pickle
-import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from openmm_mlff.data.pickles import AllowListReader, damage_as_errors
 
 #: packages whose classes are read as shells
 _SHELLS = ("so3krates_torch.", "torch.nn.modules.")
@@ -53,48 +53,30 @@ class Shell:
 
 def read_module(path: Path) -> Shell:
     """The module in a file of `torch.save(module)`; raises `ValueError` if it is damaged or holds anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
-            if len(pickles) != 1:
-                raise ValueError("it has no single data.pkl")
-            folder = pickles[0].removesuffix("data.pkl")
-            if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
-                raise ValueError("it was written on a big-endian machine")
-            module = _Reader(archive, folder).load()
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        EOFError,
-        OSError,
-        RuntimeError,
-        OverflowError,
-        RecursionError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise ValueError(f"modelPath: {path.name} is damaged or not a pickled PyTorch module ({error})") from error
+    with damage_as_errors(path, "a pickled PyTorch module"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+        if len(pickles) != 1:
+            raise ValueError("it has no single data.pkl")
+        folder = pickles[0].removesuffix("data.pkl")
+        if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        module = _Reader(archive, folder).load()
     if not isinstance(module, Shell):
         raise ValueError(f"modelPath: {path.name} holds a {type(module).__name__}, expected a PyTorch module")
     return module
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(AllowListReader):
     """Builds shells, tensors and plain containers, and nothing else."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        content = archive.read(f"{folder}data.pkl")
-        _check_memo(content)
-        super().__init__(io.BytesIO(content))
+        super().__init__(archive.read(f"{folder}data.pkl"))
         self._archive, self._folder = archive, folder
         self._read: dict[str, Tensor] = {}
         self._classes: dict[str, type[Shell]] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def known(self, module: str, name: str) -> Any:
         allowed: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("__builtin__", "set"): set,
@@ -110,7 +92,7 @@ class _Reader(pickle.Unpickler):
             return _DTYPES[name]
         if f"{module}.".startswith(_SHELLS):
             return self._classes.setdefault(f"{module}.{name}", type(name, (Shell,), {"kind": name}))
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not on the list of what may be read")
+        return None
 
     def persistent_load(self, pid: Any) -> Tensor:
         what, dtype, key, _, count = pid
@@ -122,13 +104,6 @@ class _Reader(pickle.Unpickler):
                 raise pickle.UnpicklingError(f"storage {key} has {len(data)} bytes, expected {count * dtype.itemsize}")
             self._read[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._read[key]
-
-
-def _check_memo(content: bytes) -> None:
-    """Refuse places of the memo beyond any that a pickle of this length can need; Python would make room for them."""
-    for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(argument or 0) > len(content):
-            raise pickle.UnpicklingError(f"it numbers an object {argument}")
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
