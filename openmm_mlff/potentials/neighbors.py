@@ -1,7 +1,8 @@
 """Pair lists: the thin door to the neighbour-list libraries, and the Verlet list that MD keeps between steps.
 
-Small open molecules use all their pairs, once and for ever; everything else goes through vesin, on the CPU and on
-CUDA. Every periodic image within the cutoff is a pair, so boxes smaller than the cutoff are right.
+Small open molecules use all their pairs, once and for ever, and lists of many of them are made together; everything
+else goes through vesin, on the CPU and on CUDA. Every periodic image within the cutoff is a pair, so boxes smaller than
+the cutoff are right.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from openmm_mlff.data.structures import Batch, Pairs
 
 #: Open molecules up to this size use all their pairs within the short cutoff too: no list is ever rebuilt.
 FIXED_PAIRS_MAX_ATOMS = 32
+#: Open structures up to this size are searched pair by pair, many at once: one by one, vesin's start costs more.
+DENSE_MAX_ATOMS = 48
+#: pairs that are looked at together
+DENSE_PAIRS = 1 << 20
 #: angstrom; a Verlet list is rebuilt when an atom has moved by half of it.
 DEFAULT_SKIN = 0.6
 #: angstrom; closer than this, two atoms are at the same place.
@@ -45,13 +50,17 @@ def _off_diagonal(n: int) -> Tensor:
 
 
 def pairs_within(batch: Batch, cutoff: float, half: bool) -> Pairs:
-    """All pairs of images within `cutoff` (angstrom), structure by structure, by vesin, in the device's memory.
+    """All pairs of images within `cutoff` (angstrom), in the device's memory.
+
+    Open structures of up to `DENSE_MAX_ATOMS` atoms are searched together, pair by pair; others one by one by vesin.
 
     Raises `ValueError` naming two atoms that are at the same place.
     """
+    positions = batch.positions.detach().to(torch.float64)
+    if batch.cell is None and int(batch.counts.max()) <= DENSE_MAX_ATOMS:
+        return _dense(positions, batch.counts, cutoff, half)
     first, second, offsets = [], [], []
     start = 0
-    positions = batch.positions.detach().to(torch.float64)
     for s, n in enumerate(batch.counts.tolist()):
         box = None if batch.cell is None else batch.cell[s].detach().to(torch.float64)
         i, j, shift = _vesin(positions[start : start + n], box, cutoff, half)
@@ -63,13 +72,49 @@ def pairs_within(batch: Batch, cutoff: float, half: bool) -> Pairs:
     return Pairs(torch.cat(first), torch.cat(second), shifts)
 
 
-def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> tuple[Tensor, Tensor, Tensor]:
-    device = positions.device
+def _dense(positions: Tensor, counts: Tensor, cutoff: float, half: bool) -> Pairs:
+    """The pairs of open structures among all their pairs, which are looked at some structures at a time."""
+    starts = torch.cumsum(counts, 0) - counts
+    _check_finite(positions, starts)
+    share = torch.div(torch.cumsum(counts * counts, 0), DENSE_PAIRS, rounding_mode="floor")
+    first, second = [], []
+    for own in torch.split(torch.arange(len(counts), device=counts.device), torch.bincount(share).tolist()):
+        n, start = counts[own], starts[own]
+        width = n.repeat_interleave(n * n)
+        place = torch.arange(len(width), device=counts.device)
+        place = place - (torch.cumsum(n * n, 0) - n * n).repeat_interleave(n * n)
+        i, j = torch.div(place, width, rounding_mode="floor"), place % width
+        kept = i < j if half else i != j
+        i, j, start = i[kept], j[kept], start.repeat_interleave(n * n)[kept]
+        distance = (positions[i + start] - positions[j + start]).square().sum(-1).sqrt()
+        _check_apart(i, j, distance)
+        near = distance < cutoff
+        first.append((i + start)[near])
+        second.append((j + start)[near])
+    return Pairs(torch.cat(first), torch.cat(second))
+
+
+def _check_finite(positions: Tensor, starts: Tensor | None = None) -> None:
+    """Refuse NaN and infinity; atoms are counted from the first one of their structure."""
     finite = torch.isfinite(positions).all(-1)
     if not bool(finite.all()):
+        atom = int((~finite).nonzero()[0])
+        if starts is not None:
+            atom -= int(starts[starts <= atom].max())
+        raise ValueError(f"positions: expected finite numbers, got NaN or infinity for atom {atom}")
+
+
+def _check_apart(i: Tensor, j: Tensor, distance: Tensor) -> None:
+    if len(distance) and bool((distance < COINCIDENT).any()):
+        p = int(distance.argmin())
         raise ValueError(
-            f"positions: expected finite numbers, got NaN or infinity for atom {int((~finite).nonzero()[0])}"
+            f"positions: atoms {int(i[p])} and {int(j[p])} are at the same place ({float(distance[p]):.1e} angstrom)"
         )
+
+
+def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+    device = positions.device
+    _check_finite(positions)
     on_cpu = device.type == "cpu"
     if box is None:
         # vesin takes seconds where the cutoff is hundreds of times the size of an open molecule
@@ -84,11 +129,7 @@ def _vesin(positions: Tensor, box: Tensor | None, cutoff: float, half: bool) -> 
         for x in search.compute(points, lattice, box is not None, "ijSd")
     )
     i, j, shift = i.to(torch.int64), j.to(torch.int64), shift.to(torch.int64).reshape(-1, 3)
-    if len(distance) and bool((distance < COINCIDENT).any()):
-        p = int(distance.argmin())
-        raise ValueError(
-            f"positions: atoms {int(i[p])} and {int(j[p])} are at the same place ({float(distance[p]):.1e} angstrom)"
-        )
+    _check_apart(i, j, distance)
     span = int(shift.abs().max()) + 1 if len(shift) else 1
     key = i * len(positions) + j
     for axis in range(3):

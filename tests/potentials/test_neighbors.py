@@ -82,6 +82,34 @@ def test_batches_are_lists_of_their_structures() -> None:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["directed", "half"])
+@pytest.mark.parametrize("share", [1, 700, 1 << 20], ids=["one by one", "some", "all at once"])
+def test_many_small_structures_have_the_lists_of_one_by_one(
+    share: int, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = collate([system("open", n, seed=n) for n in (30, 3, 12, 1, 1, 25, 12)])
+    monkeypatch.setattr(neighbors, "DENSE_PAIRS", share)
+    together = pairs_within(batch, 4.0, half)
+    monkeypatch.setattr(neighbors, "DENSE_MAX_ATOMS", 0)
+    by_vesin = pairs_within(batch, 4.0, half)
+    assert len(together) > 100
+    assert together.offsets is None
+    assert torch.equal(together.first, by_vesin.first) and torch.equal(together.second, by_vesin.second)
+
+
+@pytest.mark.parametrize("dense", [0, 64], ids=["vesin", "together"])
+def test_atoms_are_counted_within_their_structure(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "DENSE_MAX_ATOMS", dense)
+    batch = collate([system("open", n) for n in (7, 5, 6)])
+    positions = batch.positions.clone()
+    batch.positions[7 + 3] = batch.positions[7 + 1]
+    with pytest.raises(ValueError, match="positions: atoms 1 and 3 are at the same place"):
+        pairs_within(batch, 3.0, half=True)
+    with pytest.raises(ValueError, match="got NaN or infinity for atom 4"):
+        positions[7 + 4, 0] = float("inf")
+        pairs_within(batch.replace(positions=positions), 3.0, half=False)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["directed", "half"])
 def test_all_pairs(half: bool) -> None:
     structures = [system("open", n) for n in (4, 1, 3)]
     pairs = all_pairs(collate(structures).counts, half)
