@@ -37,6 +37,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, help="of initial parameters, data order and splits")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="use a compiled graph")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="processes that share every batch, with a device of the kind --device each; this command is then started "
+        "once for each (or by torchrun, with the same number)",
+    )
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop then with a checkpoint (--resume)")
     parser.add_argument("--name", help="name of the model, for its card")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_device(parser)
@@ -46,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the training is complete, 130 when it was stopped before."""
     import json
+    import os
     from pathlib import Path
 
     from rich.console import Console
@@ -72,8 +81,19 @@ def run(args: argparse.Namespace) -> int:
     if find_family(family).trainer is not None:
         return _run_directly(args, recipe, card, loop)
     state = train(
-        recipe, args.data, args.output, args.resume, args.init, args.device, progress=not args.quiet, card=card
+        recipe,
+        args.data,
+        args.output,
+        args.resume,
+        args.init,
+        args.device,
+        progress=not args.quiet,
+        card=card,
+        devices=args.devices,
+        time_limit=None if args.time_limit is None else 60.0 * args.time_limit,
     )
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return 0  # the first process reports
     recipe = Recipe.from_dict(json.loads((Path(args.output) / CONFIG).read_text(encoding="utf-8"))["recipe"])
     if state.step < recipe.loop.steps and not _stopped_early(state, recipe):
         console.print(f"stopped after step {state.step} of {recipe.loop.steps}; --resume goes on")

@@ -1,7 +1,8 @@
 """labelled structures -> batches: pair lists are built once, and a seed decides the order.
 
-A batch holds structures of similar atom counts, because networks with attention work on padded tables. The order of an
-epoch is a function of (seed, epoch), so that a resumed run needs nothing but its step number.
+A batch holds structures of similar atom counts, because networks with attention work on padded tables; or, for data
+of many sizes, a cross-section of all sizes with a given number of atoms in all. The order of an epoch is a function of
+(seed, epoch), so that a resumed run needs nothing but its step number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from openmm_mlff.potentials.neighbors import FIXED_PAIRS_MAX_ATOMS, all_pairs, w
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training.losses import TERMS, Labels
 
+#: atoms in a batch where nothing is differentiated twice (validation, fits before training)
+EVALUATION_ATOMS = 2048
 #: batches whose tables of atoms and pairs are kept
 _KEPT_SKELETONS = 32
 
@@ -55,7 +58,8 @@ class LabelledSet:
         self._terms = (potential.cutoff, potential.long_range, potential.long_range_cutoff)
         self._fixed = [s.cell is None and len(s) <= FIXED_PAIRS_MAX_ATOMS for s in self.structures]
         self._ids = [_identity(s) if fixed else "" for s, fixed in zip(self.structures, self._fixed, strict=True)]
-        self._single = [None if f else self._with_pairs(s) for s, f in zip(self.structures, self._fixed, strict=True)]
+        # pair lists of single structures, built when they are first asked for
+        self._lists: list[_Lists | None] = [None] * len(self.structures)
         self._skeletons: OrderedDict[tuple[str, ...], Batch] = OrderedDict()
         # values that every batch gathers, in the model's precision
         self._positions = [torch.tensor(s.positions, dtype=self.dtype) for s in self.structures]
@@ -64,16 +68,23 @@ class LabelledSet:
     def __len__(self) -> int:
         return len(self.structures)
 
-    def epoch(self, seed: int, epoch: int, batch_size: int) -> list[np.ndarray]:
+    def epoch(self, seed: int, epoch: int, batch_size: int, batch_atoms: int | None = None) -> list[np.ndarray]:
         """Indices of each batch of one epoch, in the order in which they are used.
 
         Structures are shuffled, sorted by atom count (structures of one size stay shuffled), cut into batches, and
         the batches are shuffled. Of a size group, what is left over after full batches goes on with the next size.
         If there is at least one full batch, the one that is not full is left out; each epoch leaves out others.
+
+        With `batch_atoms` every batch holds all sizes instead, and every structure is used: the sorted structures are
+        dealt out to as many batches as are needed for about `batch_atoms` atoms (by no more than the largest structure
+        above it) and at most `batch_size` structures in each.
         """
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self))
         order = order[np.argsort(self.sizes[order], kind="stable")]
+        if batch_atoms is not None:
+            n = max(-(-int(self.sizes.sum()) // batch_atoms), -(-len(order) // batch_size))
+            return _dealt(order[::-1], n, rng)
         full = len(order) // batch_size
         if full == 0:
             return [order]
@@ -82,10 +93,34 @@ class LabelledSet:
         batches = np.split(order, full)
         return [batches[i] for i in rng.permutation(full)]
 
-    def chunks(self, batch_size: int) -> list[np.ndarray]:
-        """Every structure once, in order of atom count."""
+    def chunks(self, batch_size: int, batch_atoms: int | None = None) -> list[np.ndarray]:
+        """Every structure once, in order of atom count; at most `batch_atoms` atoms (or one structure) in each."""
         order = np.argsort(self.sizes, kind="stable")
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        chunks: list[list[int]] = []
+        atoms = 0
+        for i in order.tolist():
+            size = int(self.sizes[i])
+            full = not chunks or len(chunks[-1]) == batch_size
+            if full or (batch_atoms is not None and atoms + size > batch_atoms):
+                chunks.append([])
+                atoms = 0
+            chunks[-1].append(i)
+            atoms += size
+        return [np.array(chunk) for chunk in chunks]
+
+    def share(self, indices: np.ndarray, n: int) -> list[np.ndarray]:
+        """A batch in n parts of about the same work, some of them empty if there are fewer structures."""
+        sizes = self.sizes[indices]
+        if len(indices) == 0 or sizes.min() == sizes.max():
+            return np.array_split(indices, n)
+        parts: list[list[int]] = [[] for _ in range(n)]
+        atoms = [0] * n
+        # the largest first, each to the part that has least
+        for k in np.argsort(-sizes, kind="stable").tolist():
+            least = atoms.index(min(atoms))
+            parts[least].append(int(indices[k]))
+            atoms[least] += int(sizes[k])
+        return [np.array(part, dtype=np.int64) for part in parts]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> LabelledBatch:
         """The structures with these indices as one batch."""
@@ -103,9 +138,6 @@ class LabelledSet:
     def _label_tensors(self, name: str) -> list[Tensor] | None:
         rows = label_rows(self.structures, name)
         return None if rows is None else [torch.tensor(row, dtype=self.dtype) for row in rows]
-
-    def _with_pairs(self, structure: Structure) -> Batch:
-        return with_pairs(collate([structure]), *self._terms)
 
     def _skeleton(self, kind: tuple[str, ...], picked: list[int]) -> Batch:
         """Atoms and all pairs of small open structures, kept for the next batch of the same kind."""
@@ -127,13 +159,51 @@ class LabelledSet:
     def _join(self, picked: list[int]) -> Batch:
         """Lists that were built structure by structure, laid end to end."""
         raw = collate([self.structures[i] for i in picked])
-        parts = [self._single[i] or self._with_pairs(self.structures[i]) for i in picked]
+        lists = [self._lists_of(i) for i in picked]
         starts = np.cumsum([0, *(self.sizes[picked[:-1]])]).tolist()
-        joined = {}
-        for name in ("pairs", "long_range_pairs"):
-            lists = [getattr(part, name) for part in parts]
-            joined[name] = None if lists[0] is None else _laid_end_to_end(lists, starts)
-        return raw.replace(**joined).to(device=self.device, dtype=self.dtype)
+        pairs = _laid_end_to_end([one.pairs for one in lists], starts)
+        far = [one.long_range_pairs for one in lists if one.long_range_pairs is not None]
+        long_range = None
+        if self._terms[1]:
+            long_range = _laid_end_to_end(far, starts) if far else all_pairs(raw.counts, half=True)
+        return raw.replace(pairs=pairs, long_range_pairs=long_range).to(device=self.device, dtype=self.dtype)
+
+    def _lists_of(self, i: int) -> _Lists:
+        kept = self._lists[i]
+        if kept is None:
+            cutoff, long_range, limit = self._terms
+            structure = self.structures[i]
+            # long-range pairs of open structures without a cutoff are all pairs: quicker made than kept
+            listed = long_range and (limit is not None or structure.cell is not None)
+            batch = with_pairs(collate([structure]), cutoff, listed, limit)
+            assert batch.pairs is not None
+            kept = _Lists(
+                _small(batch.pairs), None if batch.long_range_pairs is None else _small(batch.long_range_pairs)
+            )
+            self._lists[i] = kept
+        return kept
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Pair lists of one structure, with small indices: a training set keeps those of every structure."""
+
+    pairs: Pairs
+    long_range_pairs: Pairs | None
+
+
+def _small(pairs: Pairs) -> Pairs:
+    kind = torch.int16 if len(pairs) == 0 or int(pairs.first.max()) < 2**15 else torch.int32
+    return Pairs(pairs.first.to(kind), pairs.second.to(kind), pairs.offsets)
+
+
+def _dealt(order: np.ndarray, n: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Deal out an order to n batches: of each n that follow one another, every batch gets one, by chance."""
+    batches: list[list[int]] = [[] for _ in range(n)]
+    for start in range(0, len(order), n):
+        for batch, i in zip(rng.permutation(n).tolist(), order[start : start + n].tolist(), strict=False):
+            batches[batch].append(i)
+    return [np.array(batch) for batch in batches]
 
 
 def label_rows(structures: Sequence[Structure], name: str) -> list[np.ndarray] | None:
@@ -155,8 +225,8 @@ def label_rows(structures: Sequence[Structure], name: str) -> list[np.ndarray] |
 def _laid_end_to_end(lists: list[Pairs], starts: list[int]) -> Pairs:
     offsets = [pairs.offsets for pairs in lists if pairs.offsets is not None]
     return Pairs(
-        torch.cat([pairs.first + start for pairs, start in zip(lists, starts, strict=True)]),
-        torch.cat([pairs.second + start for pairs, start in zip(lists, starts, strict=True)]),
+        torch.cat([pairs.first.to(torch.int64) + start for pairs, start in zip(lists, starts, strict=True)]),
+        torch.cat([pairs.second.to(torch.int64) + start for pairs, start in zip(lists, starts, strict=True)]),
         torch.cat(offsets) if offsets else None,
     )
 

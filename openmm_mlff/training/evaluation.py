@@ -29,8 +29,7 @@ def compare(model: Potential, structures: Sequence[Structure]) -> Comparison:
     """
     prepared = LabelledSet(structures, model)
     predicted: dict[str, list[Any]] = {name: [None] * len(structures) for name in QUANTITIES}
-    largest = int(prepared.sizes.max())
-    for indices in prepared.chunks(max(1, BATCH_ATOMS // largest)):
+    for indices in prepared.chunks(BATCH_ATOMS, BATCH_ATOMS):
         labelled = prepared.batch(indices)
         result = evaluate_batch(model, labelled)
         ends = np.cumsum(labelled.batch.counts.cpu().numpy())

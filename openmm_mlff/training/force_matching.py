@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.potential import Evaluation, Potential, energy_forces
-from openmm_mlff.training.batching import LabelledBatch, LabelledSet
+from openmm_mlff.training.batching import EVALUATION_ATOMS, LabelledBatch, LabelledSet
 from openmm_mlff.training.compiled_loss import LossFunction
 from openmm_mlff.training.losses import TERMS, LossWeights, weighted_loss
 from openmm_mlff.training.parallel import ParallelLoss, make_loss
@@ -45,9 +45,11 @@ class ForceMatching:
         train, valid: labelled structures; no group may be in both (`ValueError`).
         weights: of the loss at the start; final_weights: at the end (None: no change), and of validation.
         batch_size: structures per step. seed: of the data's order.
+        batch_atoms: atoms per step, for data of many sizes (see `LabelledSet.epoch`); `batch_size` is then a bound.
         compile: compute loss and gradients by a compiled graph (`CompiledLoss`); eager where that cannot be done.
         processes: share each batch between so many processes with one thread each (`ParallelLoss`; CPU only).
         fit_energies: fit element energies before training (not for a model that was trained before).
+        native: let the model use C++ kernels that have second derivatives, where its family has them.
     """
 
     def __init__(
@@ -62,11 +64,18 @@ class ForceMatching:
         compile: bool = False,
         fit_energies: bool = True,
         processes: int = 1,
+        batch_atoms: int | None = None,
+        native: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        for name, number in (("batch_size", batch_size), ("batch_atoms", batch_atoms)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         if processes < 1 or processes > batch_size:
             raise ValueError(f"processes: expected 1 to batch_size = {batch_size}, got {processes}")
+        if compile and batch_atoms is not None:
+            raise ValueError(
+                "compile: graphs are made for batches of one kind; expected false with batch_atoms, got true"
+            )
         if processes > 1 and model.device.type != "cpu":
             raise ValueError(f"processes: expected 1 on a {model.device.type} device, got {processes}")
         shared = {s.group for s in train} & {s.group for s in valid} - {""}
@@ -80,7 +89,8 @@ class ForceMatching:
                 raise ValueError(f"weights: {name} has a weight above 0, but no structure in train has a label for it")
             if wanted and name in ("dipole", "charges") and not model.predicts_charges:
                 raise ValueError(f"weights: {name} has a weight above 0, but {model.family} predicts no charges")
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.batch_atoms, self.seed = batch_size, batch_atoms, seed
+        model.native_training = native
         if fit_energies:
             self._fit_energies(model, train)
         self.train_set, self.valid_set = LabelledSet(train, model), LabelledSet(valid, model)
@@ -92,7 +102,11 @@ class ForceMatching:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The batches of one epoch, as indices."""
-        return self.train_set.epoch(self.seed, epoch, self.batch_size)
+        return self.train_set.epoch(self.seed, epoch, self.batch_size, self.batch_atoms)
+
+    def share(self, indices: np.ndarray, n: int) -> list[np.ndarray]:
+        """A batch in n parts, for processes that share it."""
+        return self.train_set.share(indices, n)
 
     def loss(self, model: Any, indices: np.ndarray, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one batch and its unweighted terms; `progress` runs from 0 to 1."""
@@ -124,7 +138,7 @@ class ForceMatching:
         weights = self.final_weights or self.weights
         sums: dict[str, list[float]] = {}
         extensive = 0.0
-        for indices in self.valid_set.chunks(4 * self.batch_size):
+        for indices in self.valid_set.chunks(4 * self.batch_size, EVALUATION_ATOMS):
             labelled = self.valid_set.batch(indices)
             result = evaluate_batch(model, labelled)
             for name in TERMS:
@@ -155,7 +169,7 @@ class ForceMatching:
         known = [known[i] for i in rng.permutation(len(known))[:2000]]
         labelled = LabelledSet(known, model)
         residuals = np.zeros(len(known))
-        for indices in labelled.chunks(64):
+        for indices in labelled.chunks(64, EVALUATION_ATOMS):
             part = labelled.batch(indices)
             assert part.labels.energy is not None
             with torch.no_grad():

@@ -33,13 +33,17 @@ import torch
 from torch import Tensor, nn
 
 from openmm_mlff.data.files import write_atomically
+from openmm_mlff.training.distributed import Team
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_FORMAT = 1
 
 
 class Method(Protocol):
-    """What the loop needs to know about the thing that is learned."""
+    """What the loop needs to know about the thing that is learned.
+
+    A method may also say how devices share a batch, ``share(indices, n)``: n parts (default: cut it where it is).
+    """
 
     def epoch(self, epoch: int) -> Sequence[np.ndarray]:
         """The batches of an epoch, the same for the same number."""
@@ -149,18 +153,17 @@ def learning_rate(options: LoopOptions, state: TrainingState) -> float:
 
 
 def step(
-    fabric: Any, state: TrainingState, wrapped: Any, method: Method, indices: np.ndarray, options: LoopOptions
+    team: Team, state: TrainingState, wrapped: Any, method: Method, indices: np.ndarray, options: LoopOptions
 ) -> float:
     """One optimiser step; returns the loss before it.
 
     Raises `FloatingPointError` if loss or gradient is not finite; parameters are then those before the step.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    loss, terms = method.loss(wrapped, indices, state.step / options.steps)
-    value = float(loss.detach())
+    losses = _differentiated(team, state, wrapped, method, indices, options)
+    value = losses["loss"]
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} at step {state.step}")
-    fabric.backward(loss)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if options.clip_norm is None else options.clip_norm)
     if not bool(torch.isfinite(norm)):
@@ -170,10 +173,34 @@ def step(
     state.optimizer.step()
     state.step += 1
     update_ema(state.ema, state.model, min(options.ema_decay, (1 + state.step) / (10 + state.step)))
-    for name, term in {"loss": loss, **terms}.items():
-        state.sums[name] = state.sums.get(name, 0.0) + float(term.detach())
+    for name, term in losses.items():
+        state.sums[name] = state.sums.get(name, 0.0) + term
     state.sums["n"] = state.sums.get("n", 0.0) + 1.0
     return value
+
+
+def _differentiated(
+    team: Team, state: TrainingState, wrapped: Any, method: Method, indices: np.ndarray, options: LoopOptions
+) -> dict[str, float]:
+    """Put the gradients of a batch's loss into the parameters; the loss and its terms."""
+    progress = state.step / options.steps
+    if team.size == 1:
+        loss, terms = method.loss(wrapped, indices, progress)
+        if math.isfinite(float(loss.detach())):
+            team.fabric.backward(loss)
+        return {name: float(term.detach()) for name, term in {"loss": loss, **terms}.items()}
+    # random numbers (dropout) of every process and step, the same in a run that was resumed
+    torch.manual_seed(options.seed * 1_000_003 + state.step * team.size + team.rank)
+    parts = getattr(method, "share", np.array_split)(indices, team.size)
+    # a process without structures of its own computes the first part too, for the names of the terms
+    own = len(parts[team.rank]) > 0
+    loss, terms = method.loss(wrapped, parts[team.rank] if own else parts[0], progress)
+    team.fabric.backward(loss)
+    values = torch.stack([loss.detach(), *(t.detach().to(loss.dtype) for t in terms.values())])
+    share = len(parts[team.rank]) / len(indices)
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    total = team.add_up(share, parameters, values)
+    return dict(zip(("loss", *terms), total.tolist(), strict=True))
 
 
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
@@ -264,10 +291,11 @@ def fit(
     options: LoopOptions,
     folder: str | Path,
     resume: bool = False,
-    accelerator: str = "cpu",
+    team: Team | None = None,
     progress: bool = True,
     on_validation: Callable[[TrainingState, bool], None] | None = None,
     title: str = "training",
+    time_limit: float | None = None,
 ) -> TrainingState:
     """Train `model` in place; the averaged parameters of the best validation are in ``best`` of the returned state.
 
@@ -276,45 +304,55 @@ def fit(
 
     Args:
         resume: go on from ``checkpoint.pt`` in `folder`, if there is one.
-        accelerator: of Lightning Fabric: "cpu", "cuda" or "auto".
-        on_validation: called after each validation with the state and whether it is the best so far.
+        team: the processes that share each batch, with their devices; None is this one alone, on the CPU.
+        on_validation: called after each validation with the state and whether it is the best so far, by the first
+            process of the team, which alone writes files.
         title: of the progress bar.
+        time_limit: seconds from now, after which the run ends as if it had been interrupted.
 
     Raises `ImportError` without Lightning Fabric, and `FloatingPointError` if a loss is not finite; the state before
     that step is then in ``failed.pt``.
     """
-    fabric = _fabric(accelerator)
+    team = team or Team.of("cpu")
+    writes = team.rank == 0
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = init(model.to(fabric.device), options)
-    state.ema.to(fabric.device)
+    state = init(model.to(team.device), options)
+    state.ema.to(team.device)
     if resume and (folder / CHECKPOINT).exists():
         load_checkpoint(folder / CHECKPOINT, state)
     else:
         torch.manual_seed(options.seed)
-    wrapped, _ = fabric.setup(state.model, state.optimizer)
+    # several processes add up gradients themselves (`Team.add_up`), whatever made them
+    wrapped: Any = team.fabric.setup(state.model, state.optimizer)[0] if team.size == 1 else state.model
     wrapped.train()
-    started = time.monotonic() - (state.history[-1]["seconds"] if state.history else 0.0)
-    saved = time.monotonic()
-    with _Interrupt() as interrupt, _Bar(title, options.steps, state, progress) as bar:
+    begun = saved = time.monotonic()
+    started = begun - (state.history[-1]["seconds"] if state.history else 0.0)
+    with _Interrupt() as interrupt, _Bar(title, options.steps, state, progress and writes) as bar:
         try:
             for indices in _batches(method, state, options):
-                loss = step(fabric, state, wrapped, method, indices, options)
+                loss = step(team, state, wrapped, method, indices, options)
                 if state.step % options.validate_every == 0 or state.step == options.steps:
                     better = record_validation(state, method.validate(state.ema), options, time.monotonic() - started)
-                    write_history(folder, state.history)
-                    if on_validation is not None:
-                        on_validation(state, better)
+                    if writes:
+                        write_history(folder, state.history)
+                        if on_validation is not None:
+                            on_validation(state, better)
                 bar.update(state, loss)
-                if interrupt.caught or time.monotonic() - saved > options.checkpoint_seconds:
+                now = time.monotonic()
+                over = time_limit is not None and now - begun > time_limit
+                stops = team.any(interrupt.caught or over)
+                if writes and (stops or now - saved > options.checkpoint_seconds):
                     save_checkpoint(folder / CHECKPOINT, state, options)
                     saved = time.monotonic()
-                if interrupt.caught or (options.patience is not None and state.since_best > options.patience):
+                if stops or (options.patience is not None and state.since_best > options.patience):
                     break
         except FloatingPointError as error:
-            save_checkpoint(folder / "failed.pt", state, options)
+            if writes:
+                save_checkpoint(folder / "failed.pt", state, options)
             raise FloatingPointError(f"{error}; the state before it is in {folder / 'failed.pt'}") from error
-    save_checkpoint(folder / CHECKPOINT, state, options)
+    if writes:
+        save_checkpoint(folder / CHECKPOINT, state, options)
     return state
 
 
@@ -337,16 +375,6 @@ def write_history(folder: Path, history: list[dict[str, float]]) -> None:
     writer.writerows(history)
     write_atomically(folder / "history.csv", stream.getvalue().encode())
     write_atomically(folder / "history.json", json.dumps(history, indent=1).encode())
-
-
-def _fabric(accelerator: str) -> Any:
-    try:
-        from lightning_fabric import Fabric
-    except ImportError as error:
-        raise ImportError(
-            f"training needs the package lightning-fabric ({error}); install it with: pip install 'openmm-mlff[train]'"
-        ) from error
-    return Fabric(accelerator=accelerator, devices=1)
 
 
 class _Interrupt:

@@ -62,7 +62,7 @@ class ParallelLoss:
 
         Raises `RuntimeError` with the worker's traceback if a part failed, or if a worker died.
         """
-        parts = np.array_split(indices, len(self._connections) + 1)
+        parts = self._data.share(indices, len(self._connections) + 1)
         self._shared.copy_(parameters_to_vector([p.detach() for p in self._parameters]))
         # random numbers of the workers (dropout) follow from this process's, which checkpoints keep
         seeds = torch.randint(2**31, (len(self._connections),)).tolist()

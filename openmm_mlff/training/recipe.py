@@ -5,6 +5,8 @@ A recipe holds everything that decides a training but the data::
     family = "spookynet"
     seed = 1                  # of the initial parameters, the order of the data and a split that is made here
     batch_size = 8
+    batch_atoms = 512         # for data of many sizes: atoms in a batch, which then holds all sizes
+    native = true             # C++ kernels that have second derivatives, where the family has them (CPU, one thread)
     compile = true            # one compiled graph of the loss and its gradients; same numbers, fewer milliseconds
     threads = 1
     processes = 3             # that share each batch, with one thread each
@@ -82,6 +84,8 @@ class Recipe:
         trainer: options of the trainer of families that have one of their own.
         loss, final_loss: weights at the start and at the end; a recipe with [loss] alone keeps those weights.
         seed: of initial parameters, data order and splits. threads: of torch; None leaves them as they are.
+        batch_size: structures per step. batch_atoms: atoms per step, see `training.batching.LabelledSet.epoch`.
+        native: let the model train with C++ kernels that have second derivatives.
         compile: see `training.compiled_loss`. processes: that share each batch, see `training.parallel`.
     """
 
@@ -93,8 +97,10 @@ class Recipe:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     data: DataOptions = field(default_factory=DataOptions)
     batch_size: int = 8
+    batch_atoms: int | None = None
     seed: int = 0
     compile: bool = False
+    native: bool = False
     threads: int | None = None
     processes: int = 1
 

@@ -29,6 +29,7 @@ from openmm_mlff.potentials.composition import Composite
 from openmm_mlff.potentials.family import find_family, load_potential, save_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training import loop
+from openmm_mlff.training.distributed import Team
 from openmm_mlff.training.evaluation import compare, write_report
 from openmm_mlff.training.force_matching import ForceMatching
 from openmm_mlff.training.recipe import Recipe, TrainingData, load_data
@@ -46,6 +47,8 @@ def train(
     device: str = "cpu",
     progress: bool = True,
     card: Mapping[str, Any] | None = None,
+    devices: int = 1,
+    time_limit: float | None = None,
 ) -> loop.TrainingState:
     """Train a model of a family, or train one further, and write the folder described above.
 
@@ -55,18 +58,26 @@ def train(
         resume: go on with the run in `output`, if there is one, which must have the same recipe and data.
         start: model file to start from instead of new parameters; its config replaces the recipe's ``[model]``.
         card: further fields of the model card (name, description, domain, licence, citation).
+        devices: processes with a device (or CPU) each that share every batch; this program is started once for each.
+        time_limit: seconds after which the run stops with a checkpoint, to be resumed.
 
     Raises `FileExistsError` if `output` holds a run and `resume` is not set, `ValueError` if recipe or data differ
     from those of the run to be resumed, and what `load_data`, `ForceMatching` and `loop.fit` raise.
     """
     output = Path(output)
     resume = resume and (output / CONFIG).exists()
-    recipe, config, loaded = prepare(recipe, data, output, resume, start, card)
+    team = Team.of(choose_device(device).type, devices)
+    with team.first():
+        # the others find the folder that the first one has begun
+        late = team.rank > 0
+        recipe, config, loaded = prepare(
+            None if late else recipe, data, output, resume or late, None if late else start, card
+        )
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
     # batches are made where the model is
-    model.to(choose_device(device))
+    model.to(team.device)
     method = _method(recipe, model, loaded, fit_energies=start is None)
     details = {"training_data": loaded.description, "training": config["recipe"], "init": config["init"]}
     details |= config["card"]
@@ -79,13 +90,21 @@ def train(
 
     try:
         state = loop.fit(
-            model, method, recipe.loop, output, resume, model.device.type, progress, on_validation=on_validation
+            model,
+            method,
+            recipe.loop,
+            output,
+            resume,
+            team,
+            progress,
+            on_validation=on_validation,
+            time_limit=time_limit,
         )
     finally:
         method.close()
-    if state.history:
+    if state.history and team.rank == 0:
         plot_history(state.history, output / "loss.png")
-    if state.best:
+    if state.best and team.rank == 0:
         _finish(state, loaded, output, details, recipe.seed)
     return state
 
@@ -128,6 +147,8 @@ def _method(recipe: Recipe, model: Potential, data: TrainingData, fit_energies: 
         recipe.compile,
         fit_energies,
         recipe.processes,
+        recipe.batch_atoms,
+        recipe.native,
     )
 
 
@@ -146,7 +167,8 @@ def _resumed(recipe: Recipe | None, output: Path, start: str | Path | None) -> t
         raise ValueError("init: a run that is resumed has its parameters already; leave it out")
     config = json.loads((output / CONFIG).read_text(encoding="utf-8"))
     if recipe is not None:
-        _check_same(config["recipe"], recipe.to_dict(), "recipe")
+        # options that a run from before they existed did not name have their defaults
+        _check_same(_plain(Recipe.from_dict(config["recipe"]).to_dict()), recipe.to_dict(), "recipe")
     return Recipe.from_dict(config["recipe"]), config
 
 
@@ -186,9 +208,13 @@ def _configuration(
     }
 
 
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(values)))
+
+
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """Refuse to go on with other data or another recipe (`ValueError` naming what differs)."""
-    plain = json.loads(json.dumps(now))
+    plain = _plain(now)
     differing = [key for key in plain if before.get(key) != plain[key]]
     if differing:
         raise ValueError(f"resume: the {what} differ from those of the run ({', '.join(differing)})")

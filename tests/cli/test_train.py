@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,6 +126,46 @@ def test_training_goes_on_from_a_model(run: Path) -> None:
     assert main(command(run, "tuned", "--resume", config=False)) == 0
 
 
+@pytest.mark.slow
+def test_two_devices_train_what_two_processes_train(run: Path) -> None:
+    """Fabric's processes and those of `ParallelLoss` add up the same parts; sizes are mixed in every batch."""
+    three = [
+        s.replace(numbers=np.array([8, 1]), positions=s.positions[:2], forces=s.forces[:2], charge=-1, multiplicity=1)
+        for s in molecules(8)
+    ]
+    data = run / "mixed"
+    write_dataset(data, [*molecules(24), *[s.replace(group="g6") for s in three]], name="m", method={}, sampling={})
+    split_dataset(data, {"train": 0.6, "valid": 0.4}, seed=1)
+    content = RECIPE | {"batch_atoms": 20, "batch_size": 8, "threads": 1, "native": True}
+    (run / "devices.json").write_text(json.dumps(content), encoding="utf-8")
+    (run / "processes.json").write_text(json.dumps(content | {"processes": 2}), encoding="utf-8")
+    arguments = ["train", "--data", str(data), "--quiet", "--config"]
+    command = [sys.executable, "-m", "openmm_mlff", *arguments, str(run / "devices.json"), "--devices", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, "--output", str(run / "devices")], env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, str(run / "processes.json"), "--output", str(run / "processes")]) == 0
+    found, expected = (load_potential(run / n / "model.safetensors").state_dict() for n in ("devices", "processes"))
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value.numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
+    curves = [json.loads((run / n / "history.json").read_text(encoding="utf-8")) for n in ("devices", "processes")]
+    assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
+    for a, b in zip(*curves, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+def test_a_run_in_pieces(run: Path) -> None:
+    arguments = command(run, "pieces", "--time-limit", "0")
+    assert main(arguments) == 130
+    pieces = 1
+    while main(command(run, "pieces", "--time-limit", "0", "--resume", config=False)) == 130:
+        pieces += 1
+    found, expected = (load_potential(run / n / "model.safetensors").state_dict() for n in ("pieces", "run"))
+    assert pieces > 3 and all(bool((found[name] == value).all()) for name, value in expected.items())
+
+
 def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(run, "run")) == 1
     assert "holds a run already" in capsys.readouterr().err
@@ -146,6 +188,8 @@ def test_resume_refuses_other_data_and_options(run: Path, tmp_path: Path, capsys
         ({"family": "spokynet"}, "did you mean 'spookynet'"),
         ({"loss": {"charges": 1.0}}, "charges has a weight above 0, but no structure in train has a label for it"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_atoms": 0}, "batch_atoms: expected at least 1, got 0"),
+        ({"batch_atoms": 9, "compile": True}, "compile: graphs are made for batches of one kind"),
     ],
 )
 def test_bad_recipes(

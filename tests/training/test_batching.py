@@ -86,6 +86,43 @@ def test_epochs_are_a_function_of_the_seed(tiny, clusters) -> None:
         assert sum(len({len(data.structures[i]) for i in b}) > 1 for b in batches) <= 1
 
 
+def test_batches_by_atoms_hold_all_sizes(tiny, clusters) -> None:
+    sizes = [3] * 40 + [10] * 20 + [40] * 10
+    data = LabelledSet(clusters(sizes, seed=0), tiny())
+    for batch_atoms, batch_size in ((150, 100), (400, 100), (150, 5)):
+        epochs = [data.epoch(3, e, batch_size, batch_atoms) for e in range(4)]
+        assert len({len(batches) for batches in epochs}) == 1, "a resumed run counts on it"
+        for batches in epochs:
+            assert sorted(np.concatenate(batches).tolist()) == list(range(70))
+            atoms = [int(data.sizes[b].sum()) for b in batches]
+            assert max(atoms) <= batch_atoms + 40 and max(len(b) for b in batches) <= batch_size
+            assert max(atoms) - min(atoms) <= 40
+            # every batch has its part of the large ones
+            large = [int((data.sizes[b] == 40).sum()) for b in batches]
+            assert max(large) - min(large) <= 1
+    again = data.epoch(3, 2, 5, 150)
+    assert all(np.array_equal(a, b) for a, b in zip(again, epochs[2], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(again, epochs[1], strict=True))
+
+
+def test_shares_have_about_the_same_work(tiny, clusters) -> None:
+    data = LabelledSet(clusters([3, 40, 7, 30, 12, 5, 22, 9], seed=0), tiny())
+    parts = data.share(np.arange(8), 3)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(8))
+    atoms = [int(data.sizes[p].sum()) for p in parts]
+    assert max(atoms) - min(atoms) <= 3
+    # structures of one size are cut where they are, and there may be too few
+    same = LabelledSet(clusters([4, 4, 4], seed=0), tiny())
+    assert [p.tolist() for p in same.share(np.array([2, 0, 1]), 2)] == [[2, 0], [1]]
+    assert [len(p) for p in data.share(np.array([1, 0]), 3)] == [1, 1, 0]
+
+
+def test_chunks_by_atoms(tiny, clusters) -> None:
+    data = LabelledSet(clusters([3, 40, 7, 30, 12, 5, 22, 9], seed=0), tiny())
+    chunks = data.chunks(3, 35)
+    assert [data.sizes[c].tolist() for c in chunks] == [[3, 5, 7], [9, 12], [22], [30], [40]]
+
+
 def test_small_sets_and_chunks_use_everything(tiny, waters) -> None:
     data = LabelledSet(waters(5, seed=0), tiny())
     assert sorted(data.epoch(0, 0, 8)[0].tolist()) == list(range(5))

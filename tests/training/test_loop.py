@@ -196,6 +196,23 @@ def without_time(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
+def test_a_time_limit_ends_cleanly_and_resume_gives_the_same_curve(tmp_path: Path) -> None:
+    whole = loop.fit(line(), Parabola(), options(), tmp_path / "whole", progress=False)
+    # a limit that is over at once lets each piece do one step
+    pieces = 0
+    while True:
+        part = loop.fit(line(), Parabola(), options(), tmp_path / "part", True, progress=False, time_limit=0.0)
+        pieces += 1
+        if part.step == 20:
+            break
+        assert part.step == pieces
+    assert pieces == 20
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in part.history] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in whole.history
+    ]
+    assert torch.equal(part.model.weight, whole.model.weight) and torch.equal(part.ema.weight, whole.ema.weight)
+
+
 def test_foreign_and_damaged_checkpoints(tmp_path: Path) -> None:
     state = loop.init(line(), options())
     (tmp_path / "a.pt").write_bytes(b"not a checkpoint")
