@@ -129,13 +129,13 @@ class Composite(Potential):
             member.shift_atomic_energies(shifts)
 
     def fixed(self, batch: Batch) -> dict[str, Any]:
-        return {name: m.fixed(_for(m, batch)) for name, m in self.members.items()}
+        return {name: m.fixed(member_batch(m, batch)) for name, m in self.members.items()}
 
     def predict(self, batch: Batch, fixed: dict[str, Any]) -> Prediction:
         energy: Tensor | None = None
         for name, w in self.active().items():
             member = self.members[name]
-            term = w * member.predict(_for(member, batch), fixed[name]).energy
+            term = w * member.predict(member_batch(member, batch), fixed[name]).energy
             energy = term if energy is None else energy + term
         return Prediction(batch.positions.new_zeros(batch.n_structures) if energy is None else energy)
 
@@ -145,7 +145,7 @@ class Composite(Potential):
         energy, force = batch.positions.new_zeros(batch.n_structures), None
         for name, w in self.active().items():
             member = self.members[name]
-            result = member.evaluate(_for(member, batch), forces, create_graph)
+            result = member.evaluate(member_batch(member, batch), forces, create_graph)
             energy = energy + w * result.energy
             if result.forces is not None:
                 force = w * result.forces if force is None else force + w * result.forces
@@ -360,7 +360,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _for(member: Potential, batch: Batch) -> Batch:
+def member_batch(member: Potential, batch: Batch) -> Batch:
     """The batch in the precision of a member."""
     return batch if batch.positions.dtype == member.dtype else batch.to(dtype=member.dtype)
 

@@ -33,7 +33,11 @@ class Evaluator:
 
     Attributes:
         pairs: the Verlet lists (`VerletPairs`); their reference positions belong into a checkpoint.
+        spreads: uncertainties of the last call, of potentials that have them: of energies ``(n_structures,)`` eV and
+            forces ``(n_atoms,)`` eV/angstrom, float64; else None.
     """
+
+    spreads: tuple[np.ndarray, np.ndarray] | None = None
 
     def __init__(
         self,

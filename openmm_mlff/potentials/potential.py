@@ -37,9 +37,14 @@ class Prediction:
 
 @dataclass
 class Evaluation(Prediction):
-    """A prediction with its forces, ``(n_atoms, 3)`` eV/angstrom (None if they were not asked for)."""
+    """A prediction with its forces, ``(n_atoms, 3)`` eV/angstrom (None if they were not asked for).
+
+    Attributes:
+        force_spread: uncertainty of the forces, ``(n_atoms,)`` eV/angstrom, from potentials that have one; or None.
+    """
 
     forces: Tensor | None = None
+    force_spread: Tensor | None = None
 
     def detach(self) -> Evaluation:
         """The same numbers without the graph that they were computed by."""

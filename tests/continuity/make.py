@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "elements": (1, 6, 7, 8),
     },
     "resolv": {"phase": "water"},
+    "ensemble": {"n_members": 2, "energy_factor": 1.5, "force_factor": 2.0, "force_limit": 0.3},
 }
 STRUCTURES = [
     Structure(
@@ -68,10 +69,13 @@ STRUCTURES = [
 ]
 
 
-def make(family: str) -> Potential:
+def make(family: str, seed: int = SEED) -> Potential:
     """A small model of the family with every parameter random."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     found = find_family(family)
+    if family == "ensemble":
+        members = {f"member{k}": make("spookynet", SEED + k) for k in range(2)}
+        return found.model.compose(found.config(**OPTIONS[family]), members).eval()  # type: ignore[attr-defined]
     if issubclass(found.model, Composite):
         # two members of different families, so that the file holds both kinds of tensors and cards
         members = {"vacuum": make("gdml"), "water": make("so3krates")}
