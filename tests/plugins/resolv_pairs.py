@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,7 @@ from openmm_resolv import ResolvPotential
 from openmm_so3krates import SO3krates, SO3kratesConfig
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 
-#: atomic energies and messages only
-_PARTS = ("charge_embed", "spin_embed", "electrostatics", "dispersion")
-NETWORK_ALONE = {f"use_{part}": False for part in _PARTS} | {"predict_charges": False, "predict_hirshfeld": False}
+from .random_models import NETWORK_ALONE, randomised
 
 METHANOL = Structure(
     np.array([6, 8, 1, 1, 1, 1]),
@@ -38,22 +35,15 @@ AMMONIA = Structure(
 METHANOL_BONDS = [(0, 1), (0, 2), (1, 3), (0, 4), (0, 5)]
 
 
-def randomised(model: Any) -> Any:
-    """All weights random, of the size that training gives."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "raw" not in name:
-                parameter += 0.3 * torch.randn_like(parameter) / max(1.0, math.sqrt(parameter.shape[-1]))
-    return model.eval()
-
-
 def so3krates(seed: int, **options: Any) -> SO3krates:
     """A fast network of the kind that ReSolv is trained with, in float64."""
     torch.manual_seed(seed)
     # sizes whose native code other tests compile too
     small: dict[str, Any] = {"num_features": 16, "num_layers": 1, "num_heads": 4, "num_basis_functions": 6}
     small |= {"degrees": (2, 3), "avg_num_neighbors": 4.0, "elements": (1, 6, 7, 8)}
-    return randomised(SO3krates(SO3kratesConfig(**NETWORK_ALONE | small | options)).double())
+    return randomised(
+        SO3krates(SO3kratesConfig(**NETWORK_ALONE | {"use_zbl_repulsion": True} | small | options)).double()
+    )
 
 
 def spookynet(seed: int) -> SpookyNet:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from openmm_mlff.testing import PotentialContract
-from openmm_so3krates import SO3krates, SO3kratesConfig, pretrained
+from openmm_so3krates import SO3krates, pretrained
+
+from .random_models import NETWORK_ALONE, so3krates
 
 
 def random_model(seed: int, **options: Any) -> SO3krates:
-    """Weights of the size that training gives, all of them random."""
-    torch.manual_seed(seed)
-    small: dict[str, Any] = {"num_features": 8, "num_layers": 2, "num_heads": 2, "num_basis_functions": 6}
-    small |= {"hirshfeld_features": 4, "avg_num_neighbors": 4.0, "elements": (1, 6, 7, 8)}
-    model = SO3krates(SO3kratesConfig(**small | options)).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "raw" not in name:
-                parameter += 0.3 * torch.randn_like(parameter) / max(1.0, math.sqrt(parameter.shape[-1]))
-    return model
+    return so3krates(seed, **{"elements": (1, 6, 7, 8)} | options)
 
 
 class SO3kratesContract(PotentialContract):
@@ -38,19 +29,7 @@ class TestContractOfTheNetworkAlone(SO3kratesContract):
     """As in the papers before SO3LR: nothing but atomic energies, so fragments far apart do not see one another."""
 
     def make(self) -> SO3krates:
-        off = dict.fromkeys(
-            (
-                "use_charge_embed",
-                "use_spin_embed",
-                "use_zbl_repulsion",
-                "use_electrostatics",
-                "use_dispersion",
-                "predict_charges",
-                "predict_hirshfeld",
-            ),
-            False,
-        )
-        return random_model(0, initial_euclidean="neighbors", degrees=(1, 2), **off)
+        return random_model(0, initial_euclidean="neighbors", degrees=(1, 2), **NETWORK_ALONE)
 
     # which terms a model has makes no difference to how it is stored; `TestContract` has the fast one
     @pytest.mark.slow

@@ -12,28 +12,23 @@ import pytest
 import torch
 
 from openmm_mlff.data.structures import Structure
-from openmm_so3krates import SO3krates, SO3kratesConfig
+from openmm_so3krates import SO3kratesConfig
 from openmm_so3krates.layers import BernsteinBasis, Degrees, cutoff_function, spherical_harmonics
 from openmm_so3krates.terms import Electrostatics, switch_off
+
+from .random_models import NETWORK_ALONE, so3krates
 
 POSITIONS = np.array(
     [[0, 0, 0.0], [0.9, 0.1, 0], [-0.8, 1.0, 0.3], [-1.5, 0.2, 0.9], [0.3, -1.2, 0.8], [3.3, 1.9, 0.4]]
 )
 NUMBERS = np.array([8, 1, 6, 1, 7, 17])
 NARROW = np.array([[5.0, 0, 0], [1.0, 4.5, 0], [-0.5, 0.7, 5.2]])
-PAPER = {
+PAPER = NETWORK_ALONE | {
     "initial_euclidean": "neighbors",
     "degrees": (1, 2, 3),
     "num_heads": 3,
     "num_features": 12,
     "cutoff": 5.0,
-    "use_charge_embed": False,
-    "use_spin_embed": False,
-    "use_zbl_repulsion": False,
-    "use_electrostatics": False,
-    "use_dispersion": False,
-    "predict_charges": False,
-    "predict_hirshfeld": False,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "as SO3LR": {},
@@ -55,19 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(seed: int, **options: Any) -> SO3krates:
-    """Weights of the size that training gives, all of them random."""
-    torch.manual_seed(seed)
-    small: dict[str, Any] = {"num_features": 8, "num_layers": 2, "num_heads": 2, "num_basis_functions": 6}
-    small |= {"hirshfeld_features": 4, "avg_num_neighbors": 4.0}
-    model = SO3krates(SO3kratesConfig(**small | options)).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "raw" not in name:
-                parameter += 0.3 * torch.randn_like(parameter) / max(1.0, math.sqrt(parameter.shape[-1]))
-    return model
-
-
 @pytest.mark.parametrize("cell", [None, NARROW], ids=["open", "periodic"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_against_the_second_implementation(
@@ -76,7 +58,7 @@ def test_variants_against_the_second_implementation(
     options = dict(VARIANTS[variant])
     if cell is not None:
         options.setdefault("long_range_cutoff", 5.0)
-    model = random_model(3, **options)
+    model = so3krates(3, **options)
     c = model.config
     states = [(-2, 3 if c.use_spin_embed else 1)] if c.use_charge_embed else [(0, 1)]
     for charge, multiplicity in states:
@@ -169,7 +151,7 @@ def test_features_of_every_degree_turn_with_the_molecule() -> None:
     """Euclidean variables transform like harmonics, features not at all: by a rotation that scipy knows."""
     from scipy.spatial.transform import Rotation
 
-    model = random_model(5, degrees=(1, 2), num_features=8)
+    model = so3krates(5, degrees=(1, 2), num_features=8)
     turn = Rotation.from_euler("zyx", [0.4, -1.1, 2.0]).as_matrix()
     states = []
     for positions in (POSITIONS, POSITIONS @ turn.T):
@@ -213,7 +195,7 @@ def test_elements_beyond_the_dispersion_tables_without_dispersion() -> None:
 
 
 def test_lattice_sums_need_a_box() -> None:
-    model = random_model(6)
+    model = so3krates(6)
     model.long_range_method = "ewald"
     with pytest.raises(ValueError, match="longRangeMethod: 'ewald' sums over periodic images"):
         model.energy_and_forces(Structure(NUMBERS, POSITIONS))
@@ -222,7 +204,7 @@ def test_lattice_sums_need_a_box() -> None:
 @pytest.mark.parametrize("method", ["ewald", "pme"])
 def test_lattice_sums_replace_the_shifted_charges_and_nothing_else(method: str) -> None:
     """Against a sum over wave vectors written out here."""
-    model = random_model(7, long_range_cutoff=6.0)
+    model = so3krates(7, long_range_cutoff=6.0)
     box = np.diag([9.0, 8.0, 10.0])
     structure = Structure(NUMBERS, POSITIONS, 0, 1, box)
     shifted = model.evaluate(model.batch(structure))

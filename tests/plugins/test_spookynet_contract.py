@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
 
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.testing import PotentialContract
-from openmm_spookynet import SpookyNet, SpookyNetConfig, pretrained
+from openmm_spookynet import SpookyNet, pretrained
 
-
-def random_model(seed: int, **options: Any) -> SpookyNet:
-    """Weights of the size that training gives, all of them random."""
-    torch.manual_seed(seed)
-    small: dict[str, Any] = {"num_features": 8, "num_modules": 2, "num_basis_functions": 8, "num_random_features": 8}
-    model = SpookyNet(SpookyNetConfig(**small | {"elements": (1, 6, 7, 8)} | options)).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "raw" not in name:
-                parameter += 0.3 * torch.randn_like(parameter) / max(1.0, math.sqrt(parameter.shape[-1]))
-    return model
+from .random_models import spookynet
 
 
 class SpookyNetContract(PotentialContract):
@@ -38,17 +25,17 @@ class SpookyNetContract(PotentialContract):
 
 class TestContract(SpookyNetContract):
     def make(self) -> SpookyNet:
-        return random_model(0)
+        return spookynet(0)
 
 
 class TestContractWithLongRangeCutoff(SpookyNetContract):
     def make(self) -> SpookyNet:
-        return random_model(1, long_range_cutoff=7.0, num_modules=1)
+        return spookynet(1, long_range_cutoff=7.0, num_modules=1)
 
 
 class TestContractOfOtherVariants(SpookyNetContract):
     def make(self) -> SpookyNet:
-        return random_model(2, use_irreps=False, use_nonlinear_embedding=True, activation="ssp", num_residual_local_s=2)
+        return spookynet(2, use_irreps=False, use_nonlinear_embedding=True, activation="ssp", num_residual_local_s=2)
 
 
 class TestContractWithDispersion(SpookyNetContract):
