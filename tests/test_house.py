@@ -102,6 +102,8 @@ def test_every_module_can_be_the_first_one_imported() -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == {}
 
 
+# fast tests know the same of every module (above, in forks) and of the packages of the wheel (test_wheel.py)
+@pytest.mark.slow
 @pytest.mark.parametrize("package", packages())
 def test_every_package_imports_first_in_a_fresh_interpreter(package: str) -> None:
     fresh_python(f"import {package}")

@@ -45,3 +45,8 @@ class TestContractWithEnergyConstraints(GDMLContract):
 
     def make(self) -> GDMLPotential:
         return self.plain.random_model(self.numbers, n_train=11, seed=1, energies=True)  # type: ignore[attr-defined]
+
+    # what a model was fitted to makes no difference to how it is stored; `TestContract` has the fast one
+    @pytest.mark.slow
+    def test_openmm_in_a_fresh_process(self) -> None:
+        super().test_openmm_in_a_fresh_process()

@@ -63,6 +63,11 @@ class TestCationWithDihedrals(Ion):
     def make(self) -> GDMLPotential:
         return random_model("distances_and_dihedrals", 2, 1, 1)
 
+    # how an ion is stored does not depend on its descriptor; the radical above has the fast one
+    @pytest.mark.slow
+    def test_openmm_in_a_fresh_process(self) -> None:
+        super().test_openmm_in_a_fresh_process()
+
 
 def test_hessian_is_the_derivative_of_the_forces() -> None:
     model = random_model("inverse_distances", 5, 1, 1)
