@@ -24,6 +24,14 @@ class SpookyNetConfig:
         use_nonlinear_embedding: the older electronic embedding.
         use_zbl_repulsion, use_electrostatics, use_d4_dispersion: analytic terms. D4 needs the tables that a published
             checkpoint carries.
+        attention: 'all' atoms of a structure attend to one another (as published), or 'none' do. Attention has no
+            distance in it, so that with 'all' the energy of a molecule depends on what is far away.
+        charge_conservation: how charges get the total Q. 'uniform' (as published) spreads what is missing over all
+            atoms, also between fragments that are far apart. 'local' lets neighbours exchange charge, so that each of
+            separated fragments keeps a sum of zero, and adds Q in shares that the network learns.
+        embed_after: modules before the embedding of charge and spin enters; 0 as published. The embedding is dealt out
+            to the atoms by what they know: nothing but their element with 0, their surroundings too with 1 or more
+            (and then by a softmax, so that an ion can have all of it and waters around none).
         module_keep_prob: probability to keep the contributions of the last module in training.
         num_residual_*: residual blocks of each part.
         elements: atomic numbers that the model was made for.
@@ -43,6 +51,9 @@ class SpookyNetConfig:
     use_zbl_repulsion: bool = True
     use_electrostatics: bool = True
     use_d4_dispersion: bool = False
+    attention: str = "all"
+    charge_conservation: str = "uniform"
+    embed_after: int = 0
     module_keep_prob: float = 1.0
     num_residual_electron: int = 1
     num_residual_pre: int = 1
@@ -69,8 +80,18 @@ class SpookyNetConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        if self.activation not in ("swish", "ssp"):
-            raise ValueError(f"activation: expected 'swish' or 'ssp', got {self.activation!r}")
+        choices = {
+            "activation": ("swish", "ssp"),
+            "attention": ("all", "none"),
+            "charge_conservation": ("uniform", "local"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
+        if not 0 <= self.embed_after < self.num_modules:
+            raise ValueError(
+                f"embed_after: expected 0 to num_modules - 1 = {self.num_modules - 1}, got {self.embed_after!r}"
+            )
         if not self.elements or min(self.elements) < 1 or max(self.elements) > 86:
             raise ValueError(f"elements: expected atomic numbers 1 to 86, got {self.elements}")
         if not 0 < self.module_keep_prob <= 1:

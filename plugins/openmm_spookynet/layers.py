@@ -107,12 +107,13 @@ class ElectronicEmbedding(nn.Module):
     """Spreads a total charge or spin over the atoms by attention to the nuclear embedding (eqs. 10 and 11).
 
     Charge enters as [relu(Q), relu(-Q)], spin as [|S|] with S unpaired electrons, so that zero gives exactly zero.
+    With `sharp` the shares are a softmax, in which an atom can have next to nothing; the published ones are not.
     """
 
-    def __init__(self, kind: str, blocks: int, features: int, signed: bool) -> None:
+    def __init__(self, kind: str, blocks: int, features: int, signed: bool, sharp: bool = False) -> None:
         super().__init__()
         inputs = 2 if signed else 1
-        self.signed = signed
+        self.signed, self.sharp = signed, sharp
         self.linear_q = nn.Linear(features, features)
         self.linear_k = nn.Linear(inputs, features, bias=False)
         self.linear_v = nn.Linear(inputs, features, bias=False)
@@ -125,9 +126,20 @@ class ElectronicEmbedding(nn.Module):
         q = self.linear_q(z)
         k = batch.per_atom(self.linear_k(e / e.clamp(min=1)))
         v = batch.per_atom(self.linear_v(e))
-        a = softplus((q * k).sum(-1) / math.sqrt(q.shape[-1]))
+        dot = (q * k).sum(-1) / math.sqrt(q.shape[-1])
+        if self.sharp:
+            return self.mlp(softmax_by_structure(dot, batch)[:, None] * v)
+        a = softplus(dot)
         share = a / batch.per_atom(batch.sum_by_structure(a) + 1e-8)
         return self.mlp(share[:, None] * v)
+
+
+def softmax_by_structure(x: Tensor, batch: Batch) -> Tensor:
+    """exp(x_i) / sum_j exp(x_j) over the atoms j of the same structure, ``(n_atoms,)`` -> ``(n_atoms,)``."""
+    # the largest of each structure cancels; it keeps the exponentials finite
+    largest = batch.per_atom(batch.to_dense(x.detach(), fill=-math.inf).amax(1))
+    a = torch.exp(x - largest)
+    return a / batch.per_atom(batch.sum_by_structure(a))
 
 
 class NonlinearElectronicEmbedding(nn.Module):

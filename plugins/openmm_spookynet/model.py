@@ -28,6 +28,7 @@ from openmm_spookynet.layers import (
     NonlinearElectronicEmbedding,
     ResidualMLP,
     ResidualStack,
+    softmax_by_structure,
 )
 from openmm_spookynet.pair_sums import PairSumsFunction, fused_pair_sums
 from openmm_spookynet.terms import (
@@ -58,18 +59,20 @@ class Messages:
     x: Tensor  # (n_atoms, F) after the first residual stack
     center: Tensor  # (n_atoms, F) the atom's own contribution
     spd: Tensor  # (n_atoms, 3F) what neighbours receive through s, p and d functions
-    nonlocal_: Tensor  # (n_atoms, F) attention over all atoms of the structure
+    nonlocal_: Tensor | None  # (n_atoms, F) attention over all atoms of the structure
 
 
 class Heads(nn.Module):
-    """The seven networks of a module that read the same features: x, s, p, d (local), q, k, v (nonlocal)."""
+    """The networks of a module that read the same features: x, s, p, d (local) and, with attention, q, k, v."""
 
     def __init__(self, c: SpookyNetConfig) -> None:
         super().__init__()
         depth = [c.num_residual_local_x, c.num_residual_local_s, c.num_residual_local_p, c.num_residual_local_d]
-        depth += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v]
+        if c.attention == "all":
+            depth += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v]
+        self.n = len(depth)
         # one batched product for all networks of the same depth
-        self.members = [[h for h in range(7) if depth[h] == n] for n in sorted(set(depth))]
+        self.members = [[h for h in range(self.n) if depth[h] == n] for n in sorted(set(depth))]
         self.groups = nn.ModuleList(
             ResidualMLP(c.activation, depth[heads[0]], c.num_features, n=len(heads)) for heads in self.members
         )
@@ -78,7 +81,7 @@ class Heads(nn.Module):
         out: dict[int, Tensor] = {}
         for heads, network in zip(self.members, self.groups, strict=True):
             out.update(zip(heads, network(x).unbind(0), strict=True))
-        return [out[h] for h in range(7)]
+        return [out[h] for h in range(self.n)]
 
 
 class InteractionModule(nn.Module):
@@ -89,7 +92,7 @@ class InteractionModule(nn.Module):
         features = c.num_features
         self.residual_pre = ResidualStack(c.activation, c.num_residual_pre, features)
         self.heads = Heads(c)
-        self.attention = LinearAttention(features, c.num_random_features)
+        self.attention = LinearAttention(features, c.num_random_features) if c.attention == "all" else None
         self.radial = Linear(None, c.num_basis_functions, 3 * features, bias=False)  # K -> G_s, G_p, G_d
         self.projection_p = nn.Linear(features, 2 * features, bias=False)
         self.projection_d = nn.Linear(features, 2 * features, bias=False)
@@ -100,13 +103,15 @@ class InteractionModule(nn.Module):
     def messages(self, x: Tensor, batch: Batch) -> Messages:
         """The part that positions do not enter directly."""
         x = self.residual_pre(x)
-        center, s, p, d, q, k, v = self.heads(x)
-        return Messages(x, center, torch.cat([s, p, d], -1), self.attention(q, k, v, batch))
+        center, s, p, d, *qkv = self.heads(x)
+        nonlocal_ = None if self.attention is None else self.attention(*qkv, batch)
+        return Messages(x, center, torch.cat([s, p, d], -1), nonlocal_)
 
     def interact(self, m: Messages, g: Geometry, sums: PairSumsFunction | None = None) -> tuple[Tensor, Tensor]:
         """New features and this module's contribution to the descriptor, ``(n_atoms, F)`` each."""
         local = self.local(self.local_features(m, g, sums))
-        x = self.residual_post(m.x + local + m.nonlocal_)
+        x = m.x + local if m.nonlocal_ is None else m.x + local + m.nonlocal_
+        x = self.residual_post(x)
         return x, self.output(x)
 
     def local_features(self, m: Messages, g: Geometry, sums: PairSumsFunction | None = None) -> Tensor:
@@ -128,6 +133,9 @@ class SpookyNet(Potential):
     """Potential with atomic charges, total charge and spin.
 
     E = sum_i e_i + E_repulsion + E_electrostatics (+ E_D4); charges are shifted to sum to Q; dipole = sum q_i R_i.
+    As published, the energy of a molecule depends on what else there is, however far away. With ``attention='none'``
+    and ``charge_conservation='local'`` neutral singlets far apart have the sum of their energies, and their Coulomb
+    interaction; ``embed_after=1`` lets the network learn which of them a total charge and unpaired electrons belong to.
     """
 
     family = "spookynet"
@@ -161,15 +169,18 @@ class SpookyNet(Potential):
                 c.activation, c.num_residual_electron, features
             )
         else:
-            self.charge_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=True)
-            self.spin_embedding = ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed=False)
+            self.charge_embedding, self.spin_embedding = (
+                ElectronicEmbedding(c.activation, c.num_residual_electron, features, signed, sharp=c.embed_after > 0)
+                for signed in (True, False)
+            )
 
         self.radial_basis = ExponentialBernstein(c.num_basis_functions, c.exp_weighting)
         self.angular = AngularFunctions(c.use_irreps)
         self.interactions = nn.ModuleList(InteractionModule(c) for _ in range(c.num_modules))
-        self.output = nn.Linear(features, 2, bias=False)  # e_i, q_i
+        # e_i, q_i; with local conservation e_i, how much charge neighbours draw from i, and the logarithm of i's share
+        self.output = nn.Linear(features, 3 if c.charge_conservation == "local" else 2, bias=False)
         nn.init.zeros_(self.output.weight)
-        self.element_bias = nn.Parameter(torch.zeros(Z_MAX + 1, 2))
+        self.element_bias = nn.Parameter(torch.zeros(Z_MAX + 1, self.output.out_features))
 
         self.repulsion = NuclearRepulsion() if c.use_zbl_repulsion else None
         self.electrostatics = Electrostatics(c.cutoff) if c.use_electrostatics else None
@@ -181,12 +192,16 @@ class SpookyNet(Potential):
     def fixed(self, batch: Batch) -> dict[str, Any]:
         """Embedding and the first module's messages (attention included), which positions do not enter."""
         z = self.element_embedding[batch.numbers] + self.config_linear(self.electron_config)[batch.numbers]
-        x = z + self.charge_embedding(z, batch.charge, batch) + self.spin_embedding(z, batch.multiplicity - 1, batch)
+        x = z if self.config.embed_after > 0 else self.electronic(z, batch)
         return {
             "messages": cast(InteractionModule, self.interactions[0]).messages(x, batch),
             "bias": self.element_bias[batch.numbers],
             "d4": None if self.dispersion is None else self.dispersion.fixed(batch.numbers),
         }
+
+    def electronic(self, x: Tensor, batch: Batch) -> Tensor:
+        """Features with the embedding of total charge and spin, ``(n_atoms, F)``; neither sees the other's."""
+        return x + self.charge_embedding(x, batch.charge, batch) + self.spin_embedding(x, batch.multiplicity - 1, batch)
 
     def shift_atomic_energies(self, shifts: Mapping[int, float]) -> None:
         """Add a constant (eV) to the energy of every atom of an element, in place."""
@@ -200,10 +215,8 @@ class SpookyNet(Potential):
         geometry = self.geometry(batch)
         f = self.descriptor(batch, fixed["messages"], geometry)
         # energies are summed in float64: a float32 sum of hundreds of eV loses more than the network does
-        e, q = (linear(f.double(), self.output.weight.double()) + fixed["bias"]).unbind(-1)
-        q = q.to(f.dtype)
-        surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
-        charges = q + batch.per_atom(surplus)
+        e, *q = (linear(f.double(), self.output.weight.double()) + fixed["bias"]).unbind(-1)
+        charges = self.atomic_charges([x.to(f.dtype) for x in q], batch, geometry)
         terms = {"network": batch.sum_by_structure(e)}
         if self.repulsion is not None:
             z = batch.numbers.double()
@@ -211,6 +224,17 @@ class SpookyNet(Potential):
         terms.update(self.long_range_terms(batch, fixed, charges))
         dipole = batch.sum_by_structure(charges[:, None] * batch.positions)
         return Prediction(torch.stack(list(terms.values())).sum(0), charges, dipole, terms=terms)
+
+    def atomic_charges(self, outputs: list[Tensor], batch: Batch, g: Geometry) -> Tensor:
+        """Charges that add up to the total charge of each structure, ``(n_atoms,)`` e, from the network's outputs."""
+        if self.config.charge_conservation == "uniform":
+            (q,) = outputs
+            surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
+            return q + batch.per_atom(surplus)
+        # q_i = sum_j f(r_ij) (c_j - c_i) + Q softmax(s)_i: what i gains its neighbours lose
+        c, s = outputs
+        exchanged = (g.f.to(c.dtype) * (c[g.index] - c[:, None])).sum(1)
+        return exchanged + batch.per_atom(batch.charge) * softmax_by_structure(s, batch)
 
     def geometry(self, batch: Batch) -> Geometry:
         """Distances, radial and angular functions of every atom's neighbourhood."""
@@ -231,7 +255,9 @@ class SpookyNet(Potential):
         keep = None
         first, *others = cast(list[InteractionModule], list(self.interactions))
         x, total = first.interact(messages, geometry, sums)
-        for module in others:
+        for t, module in enumerate(others, start=1):
+            if t == self.config.embed_after:
+                x = self.electronic(x, batch)
             x, y = module.interact(module.messages(x, batch), geometry, sums)
             if self.training and self.config.module_keep_prob < 1:
                 keep = self._drop(keep, y, batch)
