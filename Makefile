@@ -19,8 +19,9 @@ LED := benchmarks/led_mueller_brown_md.py benchmarks/led_mueller_brown.py benchm
 SO3KRATES := benchmarks/so3krates_ethanol.py benchmarks/so3lr_minima.py benchmarks/so3lr_stability.py \
 	benchmarks/so3lr_water.py benchmarks/embedding_clusters.py benchmarks/embedding_nve.py
 
-RESOLV := benchmarks/resolv_vacuum.py benchmarks/resolv_water.py benchmarks/resolv_hydration.py \
-	benchmarks/resolv_pair.py benchmarks/resolv_conformers.py
+RESOLV := "benchmarks/resolv_vacuum.py --networks f32l2" benchmarks/resolv_labels.py "benchmarks/resolv_networks.py first" \
+	"benchmarks/resolv_labels.py --rounds 2" "benchmarks/resolv_networks.py vacuum water report" \
+	benchmarks/resolv_water.py benchmarks/resolv_hydration.py benchmarks/resolv_pair.py benchmarks/resolv_conformers.py
 
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1

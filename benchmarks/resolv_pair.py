@@ -1,8 +1,9 @@
 """The trained pair as one model file with its card: what `models/resolv-freesolv.safetensors` is.
 
-    python benchmarks/resolv_pair.py [--water .work/resolv/water_first]
+    python benchmarks/resolv_pair.py [--water .work/resolv/water_fused]
 
-Figures come from the JSON files of `resolv_vacuum.py` and `resolv_hydration.py`, which have to be there.
+Figures come from the JSON files of `resolv_labels.py`, `resolv_networks.py` and `resolv_hydration.py`, which have to be
+there.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ PAIR = HERE.parent / "models" / "resolv-freesolv.safetensors"
 
 def card(water: Path) -> dict[str, Any]:
     """What is said of the pair."""
-    vacuum = json.loads((HERE / "resolv_vacuum.json").read_text(encoding="utf-8"))
-    hydration = json.loads((HERE / "resolv_hydration.json").read_text(encoding="utf-8"))
+    networks, labels, hydration = (
+        json.loads((HERE / f"resolv_{name}.json").read_text(encoding="utf-8"))
+        for name in ("networks", "labels", "hydration")
+    )
     training = json.loads((water / CONFIG).read_text(encoding="utf-8"))
     history = json.loads((water / HISTORY).read_text(encoding="utf-8"))
     best = min(history, key=lambda row: row["valid_mae_kt"])
@@ -37,15 +40,17 @@ def card(water: Path) -> dict[str, Any]:
         "domain": "small neutral closed-shell molecules of H, C, N, O, S and Cl, one at a time, near 298 K",
         "citation": "Roecken, Burnet, Zavadlav, J. Chem. Phys. 161, 234101 (2024), doi:10.1063/5.0235189 (method); "
         "Mobley, Guthrie, J. Comput. Aided Mol. Des. 28, 711 (2014) (FreeSolv)",
-        "licence": "not settled: the vacuum frames are of an Apache-2.0 repository, FreeSolv 0.52 names none",
+        "licence": "not settled: FreeSolv 0.52, whose measured values the water potential was trained on, names none",
         "training_data": {
-            "vacuum": "stored frames of ReSolv's published vacuum potential, training molecules only",
+            "vacuum": f"GFN2-xTB, {sum(r['labelled'] for r in labels['rounds'].values())} structures of "
+            f"{sum(labels['molecules'].values())} molecules, none of them of the test set",
+            "water_start": "the same with ALPB(water)",
             "water": f"free energies of FreeSolv 0.52: {used['train']} molecules to train, {used['valid']} to validate",
             "not_used": f"the {sum(m.split == 'test' for m in molecules())} test molecules of ReSolv's split",
         },
         "training": {"options": training["options"], "best_round": best["round"], "rounds": len(history)},
         "accuracy": {
-            "vacuum_forces": vacuum["networks"][vacuum["chosen"]],
+            "against_labels": {split: networks[split] for split in ("valid", "test")},
             "hydration_kcal_mol": hydration["table"],
             "validation_mae_kt": round(best["valid_mae_kt"], 3),
         },
@@ -54,7 +59,7 @@ def card(water: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--water", type=Path, default=FOLDER / "water_first", help="folder of the training in water")
+    parser.add_argument("--water", type=Path, default=FOLDER / "water_fused", help="folder of the training in water")
     args = parser.parse_args()
     PAIR.parent.mkdir(exist_ok=True)
     print(save_pair(args.water / BEST, vacuum_folder() / MODEL, PAIR, **card(args.water)))

@@ -1,10 +1,12 @@
-"""The water potential of ReSolv: trained from hydration free energies, beginning with the vacuum potential.
+"""The water potential of ReSolv: trained from hydration free energies.
 
-    python benchmarks/resolv_vacuum.py
-    python benchmarks/resolv_water.py [--name first] [--learning-rate 2e-5] [--fluctuation 0.1] [--processes 4]
+    python benchmarks/resolv_networks.py first vacuum water      (see there)
+    python benchmarks/resolv_water.py [--name fused] [--learning-rate 2e-5] [--processes 4] [--threads 4]
 
-The defaults are those of the pair in `models/`; the learning rate was chosen by validation errors of short trials, of
-which nothing is kept. How every round went is written to ``resolv_water.json``, also by ``--report`` alone.
+It starts as the network that knows what implicit water (ALPB) changes in GFN2-xTB; with ``--start vacuum`` as the
+vacuum potential itself, as the authors of ReSolv do. The defaults are those of the pair in `models/`; the learning rate
+was chosen by validation errors of short trials, of which nothing is kept. How every round went is written to
+``resolv_water.json``, also by ``--report`` alone.
 
 Experimental hydration free energies of the authors' training molecules (FreeSolv), less the tenth of them that says
 which round and which of several trainings is best; test molecules take no part. Every simulation is Langevin dynamics
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import HERE, machine, write
+from _common import machine, write
 from _resolv import FOLDER, SEED, TEMPERATURE, Molecule, molecules
 
 from openmm_mlff.data.molecules import embed_smiles
@@ -38,9 +40,13 @@ CONFORMERS = 8
 
 
 def vacuum_folder() -> Path:
-    """The training of the vacuum potential that was chosen."""
-    chosen = json.loads((HERE / "resolv_vacuum.json").read_text(encoding="utf-8"))["chosen"]
-    return FOLDER / f"vacuum_{chosen}"
+    """The training of the vacuum potential."""
+    return FOLDER / "gfn2_vacuum"
+
+
+def water_start() -> Path:
+    """The training of the network that knows of implicit water."""
+    return FOLDER / "gfn2_water"
 
 
 def starts(chosen: Sequence[Molecule], vacuum: Path) -> list[Structure]:
@@ -79,8 +85,9 @@ def report(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="first", help="of this training, a folder")
-    parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: the chosen one)")
+    parser.add_argument("--name", default="fused", help="of this training, a folder")
+    parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: that of the labels)")
+    parser.add_argument("--start", choices=("labels", "vacuum"), default="labels", help="of the potential in water")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--fluctuation", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -100,7 +107,7 @@ def main() -> None:
         return
     place = args.vacuum or vacuum_folder()
     vacuum = load_potential(place / MODEL)
-    chosen = [m for m in molecules() if m.sound and m.split in ("train", "valid")]
+    chosen = [m for m in molecules() if m.split in ("train", "valid")]
     if args.molecules:
         by_split = [[m for m in chosen if m.split == split][: args.molecules] for split in ("train", "valid")]
         chosen = [m for group in by_split for m in group]
@@ -131,7 +138,13 @@ def main() -> None:
     )
     folder = FOLDER / f"water_{args.name}"
     training = SolvationTraining(
-        vacuum, targets, options, folder, resume=(folder / "config.json").exists(), say=lambda s: print(s, flush=True)
+        vacuum,
+        targets,
+        options,
+        folder,
+        resume=(folder / CONFIG).exists(),
+        say=lambda s: print(s, flush=True),
+        water=load_potential(water_start() / MODEL) if args.start == "labels" else None,
     )
     training.run()
     report(folder)
