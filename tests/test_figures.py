@@ -1,0 +1,141 @@
+"""The figures on the pages are those of the JSON files beside the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Read = Callable[[str], dict[str, Any]]
+
+
+def signed(x: float, digits: int = 0) -> str:
+    """With a minus sign as it is printed, and thousands apart."""
+    return f"{x:,.{digits}f}".replace("-", "−")
+
+
+def so3krates(read: Read) -> Iterator[str]:
+    stored = read("so3lr_reference")["stored"]
+
+    def worst(kind: str, what: str) -> float:
+        return max(group[what] for group in stored[kind].values())
+
+    exact, native, single = "float64", "float64, native", ("float32", "float32, native")
+    yield f"energies within {worst(exact, 'energy'):.0e} eV, forces within {worst(exact, 'forces'):.0e}".replace(
+        "-", "-"
+    )
+    yield f"native code within {worst(native, 'forces'):.0e} eV/Å".replace("e-0", "e-")
+    energy, forces = (max(worst(kind, what) for kind in single) for what in ("energy", "forces"))
+    yield f"single precision {energy:.0e} eV and {forces:.0e} eV/Å".replace("e-0", "e-")
+    speed = read("so3lr_step")
+    places = {"alanine dipeptide": "{} ms against {} at 22 atoms ({} times faster)",
+              "water box 192, 6 A": "{} against {} in a box of 192 ({} times)",
+              "water droplet 600": "{} against {} in a droplet of 600 ({} times)"}  # fmt: skip
+    for name, sentence in places.items():
+        found = speed["compared"][name]
+        own, port = (found[way]["wall"]["median_ms"] for way in ("native", "port"))
+        yield sentence.format(f"{own:.{0 if own > 10 else 1}f}", f"{port:.0f}", f"{found['ratio']['median']:.0f}")
+    yield f"power {speed['exponent']['wall']:.2f} of the number of atoms"
+    yield f"10,368 atoms ({speed['sizes']['water box 10368']['wall']['median_ms']:.0f} ms"
+    systems = read("so3lr_stability")["systems"]
+    longest = max(s["largest_bond_over_its_mean"] for s in systems.values())
+    shortest = min(s["smallest_bond_over_its_mean"] for s in systems.values())
+    assert longest <= 1.13 and shortest >= 0.89 and not any(s["bonds_broken"] for s in systems.values())
+    yield "13 % longer or 11 % shorter"
+    helix = systems["peptide"]["helix_percent_by_fifths"]
+    yield f"{min(helix):.0f} to {max(helix):.0f} % of its residues"
+    minima = read("so3lr_minima")
+    yield f"{minima['minima']} minima"
+    yield f"{minima['minimisations']} minimisations, {minima['cpu_minutes']} minutes"
+    yield f"{minima['distinct_by_torsions']['20']} of them differ by 20 degrees"
+    yield f"{minima['cis_peptide_bonds']['0']} have trans peptide bonds only, and {minima['within_eV']['0.5']} lie"
+    assert minima["check"]["largest_move_degrees"] < 2 and minima["check"]["largest_fall_meV"] <= 0.03
+    models = read("so3krates_ethanol")["models"]
+    rows = {"SO3krates, degrees 1, 2, 3": "equivariant", "the same without degrees": "invariant",
+            "sGDML, σ = 15, 12 permutations": "sgdml"}  # fmt: skip
+    for label, name in rows.items():
+        survived = [models[name]["dynamics"][t]["survived"] for t in ("300", "500", "1000", "2000")]
+        yield f"| {label} | {models[name]['forces_mae_kcal_mol_A']:.2f} | {' | '.join(map(str, survived))} |"
+
+
+def embedding(read: Read) -> Iterator[str]:
+    clusters = read("embedding_clusters")
+    found = clusters["kcal_per_mol"]
+    kinds = ("clusters, neutral", "clusters, ionic", "clusters, all")
+
+    def cell(figure: dict[str, Any]) -> str:
+        low, high = figure["interval"]
+        return f"{figure['value']:.1f} [{signed(low, 1)}, {high:.1f}]"
+
+    rows = {"mechanical": "mechanical", "electrostatic": "electrostatic",
+            "electrostatic, damped (one width, fitted)": "electrostatic, damped",
+            "electrostatic + induction (three numbers, fitted)": "electrostatic + induction"}  # fmt: skip
+    for label, name in rows.items():
+        yield f"| {label} | {' | '.join(cell(found[kind][name]['mean_absolute_error']) for kind in kinds)} |"
+    gains = {name: found["clusters, all"][name]["less_than_mechanical_by"] for name in rows.values()}
+    yield f"falls by {cell(gains['electrostatic'])}"
+    yield f"and by {cell(gains['electrostatic + induction'])} with induction over all clusters"
+    pairs = [found["pairs, all"][name]["mean_absolute_error"]["value"] for name in rows.values()]
+    yield f"({found['pairs, all']['n']} pairs): {', '.join(f'{x:.2f}' for x in pairs)}"
+    keywords = clusters["keywords"]["electrostatic + induction"]
+    yield f'"dampingLength": {keywords["dampingLength"]:.3f}'
+    yield ", ".join(f'"{symbol}": {x:.3f}' for symbol, x in keywords["polarizabilities"].items())
+    yield f'"inductionDamping": {keywords["inductionDamping"]:.2f}'
+    drift = read("embedding_nve")["drift"]
+    for name, figure in drift.items():
+        value, error = figure["meV_per_atom_per_ps"] * 1e5, figure["standard_error"] * 1e5
+        yield f"{'−' if value < 0 else '+'}{abs(value):.0f} ± {error:.0f} ({name})"
+    cost = read("embedding_cost")["models"]
+    for label, name in (("SO3LR", "so3lr"), ("spookynet-ala2-gfn2", "spookynet-ala2-gfn2")):
+        small, large = (
+            [cost[name][size][way]["ratio"] for way in ("electrostatic", "with induction")] for size in cost[name]
+        )
+        word = "with induction " if name == "so3lr" else ""
+        yield f"| {label} | {small[0]:.2f} ({word}{small[1]:.2f}) | {large[0]:.2f} ({large[1]:.2f}) |"
+
+
+def long_range(read: Read) -> Iterator[str]:
+    rows = read("lattice_sums")["rows"]
+    ways = [f"{program} {sum_}" for program in ("openmm-mlff", "torch-pme", "mlipops") for sum_ in ("ewald", "pme")]
+    for atoms in sorted({row["atoms"] for row in rows}):
+        times = {row["way"]: row["median_ms"] for row in rows if row["atoms"] == atoms}
+        shown = [f"{times[w]:.{0 if times[w] > 100 else 1}f} ms" if w in times else "" for w in ways]
+        yield f"| {atoms} | {' | '.join(shown)} |"
+    worst = [max(row["force_error_meV_per_angstrom"] for row in rows if row["way"] == w) for w in ways]
+    yield f"| largest force error, meV/Å | {' | '.join(f'{x:.{2 if x > 0.1 else 3}f}' for x in worst)} |"
+    water = read("so3lr_water")
+    for run in water["runs"].values():
+        start = f"{run['cutoff_nm']} nm | {run['ps']:.0f} | {run['temperature_K']:.0f} K |"
+        if run["ensemble"] == "nve":
+            yield f"{start} {signed(run['drift_meV_per_atom_per_ps'], 4)} ± {run['drift_error']:.4f} |  |"
+        else:
+            yield f"{start}  | {run['density_g_cm3']:.3f} ± {run['density_error']:.3f} |"
+    for label, row in zip(
+        ("a water molecule, stretched by 2 %", "benzene", "alanine dipeptide", "liquid water, against Ewald"),
+        water["forces_of_the_shifted_form"],
+        strict=True,
+    ):
+        figures = (row[name] for name in ("all", "changed_by_12_angstrom", "changed_by_6_angstrom"))
+        yield f"| {label} | {' | '.join(f'{x:.2f}' for x in figures)} |"
+    shifted = [p for p in water["pressure_minus_that_of_ewald"] if p["method"] == "shifted"]
+    pressures = [f"{signed(p['bar'])} ± {p['error']:.0f} bar" for p in shifted]
+    yield f"| shifted | {' | '.join(pressures)} |"
+    methods = read("so3lr_step")["methods"]
+    ratios = {n: (methods[n]["ewald"]["ratio"], methods[n]["pme"]["ratio"]) for n in methods}
+    yield f"{ratios['192'][0]:.2f} and PME {ratios['192'][1]:.2f}"
+    yield f"{ratios['1536'][0]:.2f} and {ratios['1536'][1]:.2f}, at 3,456 atoms {ratios['3456'][0]:.2f}"
+
+
+@pytest.mark.parametrize("page", [so3krates, embedding, long_range], ids=lambda page: page.__name__)
+def test_figures_are_those_of_the_benchmarks(page: Callable[[Read], Iterator[str]], repository: Path) -> None:
+    text = (repository / "docs" / f"{page.__name__}.md").read_text(encoding="utf-8")
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((repository / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+
+    # a line may end anywhere
+    words = " ".join(text.split())
+    assert [figure for figure in page(read) if " ".join(figure.split()) not in words] == []
