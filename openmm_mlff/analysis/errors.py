@@ -7,7 +7,7 @@ Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8), not single
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ class Comparison:
         formulas, charges, multiplicities: of each structure.
         reference, predicted: by quantity, in eV, angstrom and e: energy ``(n,)``, forces ``(N, 3)``, dipole ``(n, 3)``,
             charges ``(N,)``. NaN in a reference is a missing label.
+        infos: what else is known of each structure (`Structure.info`), empty if nothing; a key of it can stand for one
+            of `KEYS`.
+        spread: uncertainties of models that have them: energy ``(n,)`` eV, forces ``(N,)`` eV/angstrom.
 
     Raises `ValueError` naming the argument if lengths do not fit or a prediction is not finite.
     """
@@ -44,6 +47,8 @@ class Comparison:
     multiplicities: Sequence[int]
     reference: Mapping[str, np.ndarray]
     predicted: Mapping[str, np.ndarray]
+    infos: Sequence[Mapping[str, Any]] = ()
+    spread: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n, atoms = len(self.counts), int(np.sum(self.counts))
@@ -52,7 +57,9 @@ class Comparison:
         for name in ("groups", "formulas", "charges", "multiplicities"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{name}: expected {n} values, one per structure, got {len(getattr(self, name))}")
-        for source in ("reference", "predicted"):
+        if len(self.infos) not in (0, n):
+            raise ValueError(f"infos: expected {n} values, one per structure, or none, got {len(self.infos)}")
+        for source in ("reference", "predicted", "spread"):
             for name, values in getattr(self, source).items():
                 if name not in QUANTITIES:
                     raise ValueError(f"{source}: expected quantities among {', '.join(QUANTITIES)}, got {name!r}")
@@ -74,11 +81,14 @@ class Comparison:
         return difference / self.counts if quantity == "energy" else difference
 
     def labels(self, key: str) -> list[str]:
-        """What each structure is called under one of `KEYS`."""
+        """What each structure is called under one of `KEYS` or a key of its info ("-" if it has none of that name)."""
         if key == "all":
             return ["all"] * len(self.counts)
         if key not in KEYS:
-            raise ValueError(f"key: expected one of {', '.join(KEYS)}, got {key!r}")
+            if not any(key in info for info in self.infos):
+                known = sorted({name for info in self.infos for name in info})
+                raise ValueError(f"key: expected one of {', '.join([*KEYS, *known])}, got {key!r}")
+            return [str(info.get(key, "-")) for info in self.infos]
         values: dict[str, Sequence[Any]] = {
             "formula": self.formulas,
             "charge": [f"{int(c):+d}" if c else "0" for c in self.charges],
@@ -161,10 +171,38 @@ def error_table(comparison: Comparison, by: str = "all", samples: int = 1000, se
     return rows
 
 
-def error_tables(comparison: Comparison, samples: int = 1000, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """`error_table` for all, and for every key that tells at least two kinds of structures apart."""
+def side_by_side(
+    comparisons: Mapping[str, Comparison], by: str = "all", samples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows of `error_table` for several models on the same structures, in alphabetical order of `by`.
+
+    Each row has ``name``, ``structures``, ``groups`` and, by the model's name, the errors. Raises `ValueError` if the
+    models were compared on different structures.
+    """
+    tables = {name: error_table(comparison, by, samples, seed) for name, comparison in comparisons.items()}
+    first, *others = comparisons.values()
+    for other in others:
+        if not np.array_equal(first.counts, other.counts) or list(first.formulas) != list(other.formulas):
+            raise ValueError("comparisons: expected the same structures in the same order for every model")
+    shared = ("name", "structures", "groups")
+    return [
+        {key: rows[0][key] for key in shared}
+        | {
+            model: {key: value for key, value in row.items() if key not in shared}
+            for model, row in zip(tables, rows, strict=True)
+        }
+        for rows in zip(*tables.values(), strict=True)
+    ]
+
+
+def error_tables(
+    comparison: Comparison, samples: int = 1000, seed: int = 0, more: Sequence[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """`error_table` for all, for every key that tells at least two kinds of structures apart, and for `more` keys."""
     tables = {"all": error_table(comparison, "all", samples, seed)}
     for key in KEYS[1:]:
         if len(set(comparison.labels(key))) > 1 and not (key == "group" and not any(comparison.groups)):
             tables[key] = error_table(comparison, key, samples, seed)
+    for key in more:
+        tables.setdefault(key, error_table(comparison, key, samples, seed))
     return tables

@@ -75,6 +75,28 @@ def show_table(report: Mapping[str, Any], title: str, keys: tuple[str, ...] = ()
         console.print(table)
 
 
+def show_models(report: Mapping[str, Any], limit: int = 40) -> None:
+    """Print errors of several models side by side (see `training.evaluation.write_side_by_side`): MAE by key."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for key, rows in report["tables"].items():
+        table = Table(title="MAE of the models" if key == "all" else f"MAE of the models by {key}")
+        table.add_column("" if key == "all" else key)
+        table.add_column("n", justify="right")
+        columns = [(q, unit) for q, unit in report["units"].items() if q in ("energy", "forces")]
+        for quantity, unit in columns:
+            for model in report["models"]:
+                table.add_column(f"{quantity} ({unit})\n{model}", justify="right")
+        for row in rows[:limit]:
+            cells = [_number(row[model], f"{quantity}_mae") for quantity, _ in columns for model in report["models"]]
+            table.add_row(row["name"], str(row["structures"]), *cells)
+        if len(rows) > limit:
+            table.caption = f"{len(rows) - limit} more rows are in the JSON file"
+        console.print(table)
+
+
 def _number(row: Mapping[str, Any], name: str) -> str:
     if name not in row:
         return "-"

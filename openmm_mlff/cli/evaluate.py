@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from openmm_mlff.cli._training_options import add_device, show_table
+from openmm_mlff.cli._training_options import add_device, show_models, show_table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from openmm_mlff.analysis.errors import Comparison
     from openmm_mlff.data.structures import Structure
     from openmm_mlff.potentials.potential import Potential
 
 DESCRIPTION = """\
 Compare a model with labels: MAE and RMSE of energies (per atom), forces, dipoles and charges, over all structures and
-by formula, charge, multiplicity and group. Error bars come from resampling whole groups (trajectories). Writes
-<name>_errors.json, <name>_parity.png and the configuration into the output folder."""
+by formula, charge, multiplicity and group, or any other key that the structures carry (--by class). Error bars come
+from resampling whole groups (trajectories). Writes <name>_errors.json, <name>_parity.png and the configuration into the
+output folder; of several models (--model given more than once) such files for each, and all side by side in
+<name>_models.json."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = subparsers.add_parser("evaluate", help="a model's errors against labels", description=DESCRIPTION)
-    parser.add_argument("--model", required=True, help="model file, or the name of a shipped model")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        help="model file, or the name of a shipped model; several are shown side by side",
+    )
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="dataset folders or structure files")
     parser.add_argument("--split", help="only this split of the datasets (train, valid, test)")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="where results are written (default: here)")
@@ -31,14 +41,55 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--phase", help="of a model that offers several energies, such as resolv (default: its own)")
     parser.add_argument("--precision", choices=("single", "double"), help="default: that of the model file")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    keys = ("formula", "charge", "multiplicity", "group")
-    parser.add_argument("--by", action="append", choices=keys, help="also print a table by this; may be repeated")
+    parser.add_argument(
+        "--by",
+        action="append",
+        metavar="KEY",
+        help="also print a table by this: formula, charge, multiplicity, group, or any key of the structures' info, "
+        "such as class; may be repeated",
+    )
     add_device(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from pathlib import Path
+
+    from openmm_mlff.training.evaluation import find_model, write_side_by_side
+    from openmm_mlff.training.recipe import load_labelled
+
+    paths = [find_model(model) for model in args.model]
+    titles = _titles(paths)
+    structures, sources = load_labelled(args.data, args.split)
+    comparisons = {}
+    for path, title in zip(paths, titles, strict=True):
+        name = args.name if len(paths) == 1 else f"{args.name}_{title}"
+        comparisons[title] = _evaluate(args, path, name, title, structures, sources)
+    if len(paths) > 1:
+        output = Path(args.output) / f"{args.name}_models.json"
+        report = write_side_by_side(comparisons, output, tuple(args.by or ()), args.seed)
+        show_models(report)
+        print(f"written: {output}")
+    return 0
+
+
+def _titles(paths: Sequence[Path]) -> list[str]:
+    """Short names of models that tell them apart: the file's, with its folder's where several files have one name."""
+    stems = [path.stem for path in paths]
+    titles = [p.stem if stems.count(p.stem) == 1 else f"{p.resolve().parent.name}-{p.stem}" for p in paths]
+    return [t if titles.count(t) == 1 else f"{t}-{k}" for k, t in enumerate(titles)]
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    path: Path,
+    name: str,
+    title: str,
+    structures: Sequence[Structure],
+    sources: Sequence[dict[str, Any]],
+) -> Comparison:
+    """Compare one model, write its files and show its tables if it is the only one."""
     import json
     from pathlib import Path
 
@@ -46,23 +97,21 @@ def run(args: argparse.Namespace) -> int:
 
     from openmm_mlff.data.files import sha256_of, write_atomically
     from openmm_mlff.potentials.family import load_potential
-    from openmm_mlff.training.evaluation import compare, find_model, write_report
-    from openmm_mlff.training.recipe import load_labelled
+    from openmm_mlff.training.evaluation import compare, write_report
     from openmm_mlff.training.run import choose_device
 
-    path = find_model(args.model)
     device = choose_device(args.device)
     model = load_potential(path).to(device=device)
     if args.phase is not None:
         model = model.in_phase(args.phase)
     if args.precision is not None:
         model = model.to(torch.float64 if args.precision == "double" else torch.float32)
-    structures, sources = load_labelled(args.data, args.split)
     _set_long_range(model, args, structures)
     comparison = compare(model, structures)
     output = Path(args.output)
-    title = f"{path.stem}: {', '.join(source['name'] for source in sources)}"
-    report = write_report(comparison, output, args.name, title, args.seed)
+    heading = f"{title}: {', '.join(source['name'] for source in sources)}"
+    by = tuple(args.by or ())
+    report = write_report(comparison, output, name, heading, args.seed, by)
     config = {
         "command": "evaluate",
         "model": {"file": path.name, "sha256": sha256_of(path)},
@@ -75,10 +124,11 @@ def run(args: argparse.Namespace) -> int:
         "device": device.type,
         "seed": args.seed,
     }
-    write_atomically(output / f"{args.name}_config.json", (json.dumps(config, indent=1) + "\n").encode())
-    show_table(report, path.stem, tuple(args.by or ()))
-    print(f"written: {output / f'{args.name}_errors.json'}, {output / f'{args.name}_parity.png'}")
-    return 0
+    write_atomically(output / f"{name}_config.json", (json.dumps(config, indent=1) + "\n").encode())
+    if len(args.model) == 1:
+        show_table(report, title, by)
+    print(f"written: {output / f'{name}_errors.json'}, {output / f'{name}_parity.png'}")
+    return comparison
 
 
 def _set_long_range(model: Potential, args: argparse.Namespace, structures: Sequence[Structure]) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openmm_mlff.analysis.errors import QUANTITIES, Comparison, error_tables
+from openmm_mlff.analysis.errors import QUANTITIES, Comparison, error_tables, side_by_side
 from openmm_mlff.analysis.plots import plot_parity
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import find_family, find_published
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training.batching import LabelledSet, label_rows
-from openmm_mlff.training.force_matching import evaluate_batch
 
 #: atoms in a batch of evaluation
 BATCH_ATOMS = 1024
+#: quantity -> the field of an evaluation that holds its uncertainty
+SPREADS = {"energy": "spread", "forces": "force_spread"}
 
 
 def compare(model: Potential, structures: Sequence[Structure]) -> Comparison:
@@ -29,18 +30,20 @@ def compare(model: Potential, structures: Sequence[Structure]) -> Comparison:
     """
     prepared = LabelledSet(structures, model)
     predicted: dict[str, list[Any]] = {name: [None] * len(structures) for name in QUANTITIES}
+    spread: dict[str, list[Any]] = {name: [None] * len(structures) for name in SPREADS}
     for indices in prepared.chunks(BATCH_ATOMS, BATCH_ATOMS):
         labelled = prepared.batch(indices)
-        result = evaluate_batch(model, labelled)
+        result = model.evaluate(labelled.batch)
         ends = np.cumsum(labelled.batch.counts.cpu().numpy())
-        for name, (_, unit) in QUANTITIES.items():
-            value = getattr(result, name)
+        wanted = [(predicted[name], getattr(result, name), unit) for name, (_, unit) in QUANTITIES.items()]
+        wanted += [(spread[name], getattr(result, field), QUANTITIES[name][1]) for name, field in SPREADS.items()]
+        for found, value, unit in wanted:
             if value is None:
                 continue
             rows = value.detach().cpu().numpy().astype(np.float64)
             parts = np.split(rows, ends[:-1]) if unit == "atom" else np.split(rows, len(indices))
             for i, part in zip(indices.tolist(), parts, strict=True):
-                predicted[name][i] = part
+                found[i] = part
     reference = {name: _references(prepared.structures, name) for name in QUANTITIES}
     shared = [n for n in QUANTITIES if reference[n] is not None and predicted[n][0] is not None]
     if not shared:
@@ -53,6 +56,8 @@ def compare(model: Potential, structures: Sequence[Structure]) -> Comparison:
         multiplicities=[s.multiplicity for s in structures],
         reference={n: reference[n] for n in shared},  # type: ignore[misc]
         predicted={n: np.concatenate(predicted[n]) for n in shared},
+        infos=[s.info for s in structures],
+        spread={n: np.concatenate(parts) for n, parts in spread.items() if parts[0] is not None},
     )
 
 
@@ -84,16 +89,40 @@ def _references(structures: Sequence[Structure], name: str) -> np.ndarray | None
 
 
 def write_report(
-    comparison: Comparison, folder: str | Path, name: str, title: str = "", seed: int = 0
+    comparison: Comparison, folder: str | Path, name: str, title: str = "", seed: int = 0, by: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Write ``<name>_errors.json`` (tables, units) and ``<name>_parity.png``; returns what the JSON holds."""
+    """Write ``<name>_errors.json`` (tables, units) and ``<name>_parity.png``; returns what the JSON holds.
+
+    Args:
+        by: keys of the structures' info that get a table too.
+    """
     folder = Path(folder)
     report: dict[str, Any] = {
         "units": {quantity: QUANTITIES[quantity][0] for quantity in comparison.quantities},
         "error_bars": "standard error by bootstrap over groups (1000 samples)",
         "seed": seed,
-        "tables": error_tables(comparison, seed=seed),
+        "tables": error_tables(comparison, seed=seed, more=by),
     }
     write_atomically(folder / f"{name}_errors.json", (json.dumps(report, indent=1) + "\n").encode())
     plot_parity(comparison, folder / f"{name}_parity.png", title)
+    return report
+
+
+def write_side_by_side(
+    comparisons: Mapping[str, Comparison], path: str | Path, by: Sequence[str] = (), seed: int = 0
+) -> dict[str, Any]:
+    """Write the errors of several models on the same structures as JSON; returns what it holds.
+
+    Args:
+        by: keys (see `Comparison.labels`) beside "all".
+    """
+    first = next(iter(comparisons.values()))
+    report: dict[str, Any] = {
+        "models": list(comparisons),
+        "units": {quantity: QUANTITIES[quantity][0] for quantity in first.quantities},
+        "error_bars": "standard error by bootstrap over groups (1000 samples)",
+        "seed": seed,
+        "tables": {key: side_by_side(comparisons, key, seed=seed) for key in ("all", *by)},
+    }
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     return report
