@@ -15,12 +15,13 @@ from openmm import unit
 from openmm_mlff.forces.force_spec import PRECISIONS
 from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 from openmm_mlff.potentials.potential import Potential
-from openmm_mlff.units import ANGSTROM_PER_NM
+from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM
 
 #: keywords of createSystem and createMixedSystem
 OPTIONS = (
     *("charge", "multiplicity", "precision", "device", "longRangeCutoff", "longRangeMethod"),
     *("compile", "maxForce", "threads", "phase"),
+    *("on_uncertain", "uncertainty_limit", "uncertain_interval", "fall_back"),
 )
 #: keywords of MLPotential
 CONSTRUCTOR_OPTIONS = ("modelPath", "model", "sha256")
@@ -53,6 +54,9 @@ SYNONYMS = {
     "forcelimit": "maxForce",
     "solvent": "phase",
     "environment": "phase",
+    "onuncertain": "on_uncertain",
+    "uncertaintylimit": "uncertainty_limit",
+    "fallback": "fall_back",
     "path": "modelPath",
     "file": "modelPath",
     "checkpoint": "modelPath",
@@ -274,6 +278,24 @@ def force_limit(value: Any) -> float | None:
     if not limit > 0:
         raise ValueError(f"maxForce: expected a positive force (kJ/mol/nm or a Quantity) or None, got {value}")
     return limit if math.isfinite(limit) else None
+
+
+def uncertainty_limit(value: Any, own: float | None) -> float:
+    """eV/angstrom: what was asked for, else the model's own; `ValueError` without either, or unless positive."""
+    if value is None:
+        if own is None:
+            raise ValueError(
+                "uncertainty_limit: the model file names none, so one is needed; expected a positive number "
+                "(eV/angstrom) or a Quantity, got None"
+            )
+        return own
+    if unit.is_quantity(value):
+        force = unit.kilojoule_per_mole / unit.nanometer
+        value = in_units(value, force) / KJ_PER_MOL_NM_PER_EV_ANGSTROM
+    limit = in_units(value, None)
+    if not 0 < limit < math.inf:
+        raise ValueError(f"uncertainty_limit: expected a positive number (eV/angstrom) or a Quantity, got {value!r}")
+    return limit
 
 
 def in_units(value: Any, units: Any) -> float:

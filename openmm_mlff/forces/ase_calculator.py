@@ -16,7 +16,7 @@ from ase.vibrations import VibrationsData
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces.arguments import check_long_range_method
 from openmm_mlff.forces.force_spec import PRECISIONS
-from openmm_mlff.forces.python_force import choose_device
+from openmm_mlff.forces.loading import choose_device
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.potentials.potential import Potential
 

@@ -48,6 +48,7 @@ class CopiesEvaluator:
 
     Attributes:
         pairs: where the pair lists of all structures were built (`CopiesPairs`).
+        spreads: as `Evaluator.spreads`, of all structures.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CopiesEvaluator:
             atoms = np.concatenate([np.arange(offsets[k], offsets[k + 1]) for k in members])
             self._parts.append(_Part(_as_slice(np.array(members)), _as_slice(atoms), len(members), evaluator))
         self.pairs = CopiesPairs(self._parts, self._shape[0])
+        self.spreads: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def compiled(self) -> bool | None:
@@ -83,7 +85,10 @@ class CopiesEvaluator:
     def __call__(self, positions: np.ndarray, cell: np.ndarray | None = None) -> Evaluation:
         """Evaluate at positions ``(n_atoms of all structures, 3)`` angstrom, in one box ``(3, 3)`` angstrom or none."""
         if len(self._parts) == 1 and positions.shape == self._shape:
-            return self._parts[0].evaluator(positions, _boxes(cell, self._n))
+            evaluator = self._parts[0].evaluator
+            result = evaluator(positions, _boxes(cell, self._n))
+            self.spreads = evaluator.spreads
+            return result
         energies, forces = self.arrays(positions, cell)
         return Evaluation(torch.from_numpy(energies), forces=torch.from_numpy(forces))
 
@@ -92,12 +97,19 @@ class CopiesEvaluator:
         if positions.shape != self._shape:
             raise ValueError(f"positions: expected shape {self._shape}, got {positions.shape}")
         if len(self._parts) == 1:
-            return self._parts[0].evaluator.arrays(positions, _boxes(cell, self._n))
+            evaluator = self._parts[0].evaluator
+            result = evaluator.arrays(positions, _boxes(cell, self._n))
+            self.spreads = evaluator.spreads
+            return result
         energies, forces = np.empty(self._n), np.empty(self._shape)
+        spreads = np.empty(self._n), np.empty(self._shape[0])
         for part in self._parts:
             # copied at once: a shared evaluator may write its next result to the same place
             found = part.evaluator.arrays(positions[part.atoms], _boxes(cell, part.n))
             energies[part.members], forces[part.atoms] = found
+            if part.evaluator.spreads is not None:
+                spreads[0][part.members], spreads[1][part.atoms] = part.evaluator.spreads
+        self.spreads = None if self._parts[0].evaluator.spreads is None else spreads
         return energies, forces
 
 

@@ -80,6 +80,9 @@ class EmbeddedComputation(ForceComputation):
     def normalized(cls, options: str) -> str:
         return EmbeddedSpec.from_json(options).to_json()
 
+    def _with(self, spec: ForceSpec) -> EmbeddedComputation:
+        return EmbeddedComputation(dataclasses.replace(self.embedded, region=spec))
+
     def particle(self, i: int) -> int:
         atoms = self.embedded.region.atoms
         assert atoms is not None
@@ -118,6 +121,8 @@ class EmbeddedComputation(ForceComputation):
         if not (np.isfinite(energy) and np.abs(forces).max() <= limit):
             raise self._blown_up(energy, forces, positions, sites, limit, _when(state))
         self.energies = np.array([energy])
+        assert self._evaluator is not None
+        self._note(self._evaluator.spreads, sites)
         return energy, forces
 
     def _energy_and_forces(

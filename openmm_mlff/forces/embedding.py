@@ -29,6 +29,7 @@ from openmm_mlff.forces.embedding_arguments import (
     region_charges,
 )
 from openmm_mlff.forces.force_spec import ForceSpec
+from openmm_mlff.forces.python_force import ForceComputation, other_spec
 from openmm_mlff.forces.serialization import stored_options
 from openmm_mlff.forces.surroundings import SurroundingsSpec, pack
 from openmm_mlff.units import ANGSTROM_PER_NM
@@ -117,9 +118,16 @@ def _region(
     scratch = openmm.System()
     add_forces(topology, scratch, atoms, group, **arguments)
     (options,) = (o for force in scratch.getForces() for o in stored_options(force))
+    spec = ForceSpec.from_json(options)
+    if spec.uncertainty is not None and spec.uncertainty.other is not None:
+        other = ForceComputation(other_spec(spec)).model
+        if not other.predicts_charges:
+            raise ValueError(
+                f"fall_back: electrostatic embedding needs a model that predicts charges, got a {other.family!r} model"
+            )
     periodic = nonbonded.usesPeriodicBoundaryConditions()
     # a box in the topology means nothing to a force field without periodic boundaries
-    return dataclasses.replace(ForceSpec.from_json(options), region="wrapped" if periodic else "open")
+    return dataclasses.replace(spec, region="wrapped" if periodic else "open")
 
 
 # -- link atoms ------------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from openmm_mlff.forces.uncertainty import UncertaintySpec
 from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 
 #: of options that older versions of this package read as well; options of many copies are of version 2, those with a
-#: long-range method of version 3, those with a phase of version 4.
-SPEC_VERSION = 4
+#: long-range method of version 3, those with a phase of version 4, those that watch their uncertainty of version 5.
+SPEC_VERSION = 5
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 REGIONS = ("open", "wrapped", "periodic")
 #: kJ/mol/nm; under such a force a carbon atom moves by two angstroms in one step of 0.5 fs.
@@ -37,6 +38,7 @@ class ForceSpec:
         max_force: kJ/mol/nm; a larger force on any atom stops the run. None switches this off.
         phase: one of the model's `Potential.phases`, or None for a model with one energy.
         coupling_parameter: OpenMM's global parameter (0 to 1, at first 1) behind the model's ``coupling``, or None.
+        uncertainty: what happens when the model is unsure; None watches nothing.
     """
 
     sha256: str
@@ -58,6 +60,7 @@ class ForceSpec:
     long_range_method: str = "shifted"
     phase: str | None = None
     coupling_parameter: str | None = None
+    uncertainty: UncertaintySpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("numbers", "atoms"):
@@ -75,6 +78,8 @@ class ForceSpec:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        if self.replicas > 1:
+            refuse_fall_back(self, "copies")
         if self.atoms is not None and len(self.atoms) != self.replicas * len(self.numbers):
             raise ValueError(
                 f"atoms: expected {self.replicas * len(self.numbers)} indices ({self.replicas} copies of "
@@ -98,6 +103,10 @@ class ForceSpec:
                 version = 4
             else:
                 raise ValueError(f"{name}: expected a name or None, got {fields[name]!r}")
+        if fields["uncertainty"] is None:
+            del fields["uncertainty"]
+        else:
+            version = 5
         return json.dumps({"version": version, **fields}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -108,8 +117,19 @@ class ForceSpec:
             version = fields.pop("version")
             if version > SPEC_VERSION:
                 raise ValueError(f"version {version} is newer than {SPEC_VERSION}, which this package reads")
+            if fields.get("uncertainty") is not None:
+                fields["uncertainty"] = UncertaintySpec.from_dict(fields["uncertainty"])
             return cls(**fields)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"PythonForce: the stored options of an openmm-mlff force cannot be read ({error})"
             ) from error
+
+
+def refuse_fall_back(spec: ForceSpec, what: str) -> None:
+    """`ValueError` if a force on many molecules would fall back: it is one model for all of them."""
+    if spec.uncertainty is not None and spec.uncertainty.action == "fall_back":
+        raise ValueError(
+            f"on_uncertain: 'fall_back' exchanges the model of a whole force, so that one of many {what} would change "
+            "the others; expected 'warn', 'save' or 'stop'"
+        )

@@ -33,9 +33,13 @@ from openmm_mlff.forces.arguments import (
     warn_unknown,
     whole_number,
 )
+from openmm_mlff.forces.arguments import uncertainty_limit as check_uncertainty_limit
 from openmm_mlff.forces.force_spec import DEFAULT_MAX_FORCE, ForceSpec
-from openmm_mlff.forces.python_force import ForceComputation, load_model, make_force
+from openmm_mlff.forces.loading import load_model
+from openmm_mlff.forces.python_force import ForceComputation, make_force, other_spec
+from openmm_mlff.forces.uncertainty import ON_UNCERTAIN, OtherModel, UncertaintySpec
 from openmm_mlff.potentials import family as families
+from openmm_mlff.potentials.ensemble import Ensemble
 from openmm_mlff.potentials.family import Family
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.units import ANGSTROM_PER_NM
@@ -168,6 +172,10 @@ class MLFFPotentialImpl(MLPotentialImpl):
         maxForce: float | unit.Quantity | None = DEFAULT_MAX_FORCE,
         threads: int | None = None,
         phase: str | None = None,
+        on_uncertain: str | None = None,
+        uncertainty_limit: float | unit.Quantity | None = None,
+        uncertain_interval: int = 100,
+        fall_back: str | Path | None = None,
         **rest: Any,
     ) -> None:
         """Add the ML potential of some or all atoms to a system.
@@ -186,6 +194,14 @@ class MLFFPotentialImpl(MLPotentialImpl):
             maxForce: kJ/mol/nm or a Quantity; a larger force stops the run. None switches this off.
             threads: torch threads on the CPU; None chooses by the number of atoms.
             phase: which energy, for potentials that offer several (`Potential.phases`); None for the model's own.
+            on_uncertain: what an ensemble does when it is unsure of a force: 'warn', 'save' (the frame, for labelling,
+                in the folder uncertain_frames, see `running.save_uncertain_frames`), 'stop', or 'fall_back': the model
+                `fall_back` takes over for good. That exchanges the force field in the middle of a run: the energy
+                jumps (the log says by how much), what was sampled before and after belongs to two different
+                ensembles, and it does not switch back, because a switch that follows the geometry conserves nothing.
+            uncertainty_limit: eV/angstrom or a Quantity, of the force on any atom; None for that of the model file.
+            uncertain_interval: steps between two saved frames, at least.
+            fall_back: a model file, or the name of a model.
 
         Raises `ValueError` or `TypeError` naming the argument.
         """
@@ -225,9 +241,14 @@ class MLFFPotentialImpl(MLPotentialImpl):
             threads=check_threads(threads),
             phase=phase,
             coupling_parameter=model.coupling_parameter,
+            uncertainty=read_uncertainty(
+                model, self.family.name, on_uncertain, uncertainty_limit, uncertain_interval, fall_back, longRangeCutoff
+            ),
         )
         computation = ForceComputation(spec)
         self._check_model(computation, topology)
+        if spec.uncertainty is not None and spec.uncertainty.other is not None:
+            self._check_model(ForceComputation(other_spec(spec)), topology)
         system.addForce(make_force(computation, None if atoms is None else chosen, periodic, forceGroup))
         warn_of_immobile(topology, system, chosen)
         # an empty system means interpolation: the MM bonds stay there and keep the molecules
@@ -270,6 +291,48 @@ def _refuse_implicit(model: Potential, phase: str | None) -> None:
             f"phase: the energy of {model.family} in phase {phase!r} holds a solvent around the whole molecule, so it "
             f"cannot describe some atoms among others{instead}"
         )
+
+
+def read_uncertainty(
+    model: Potential,
+    name: str,
+    action: str | None,
+    limit: float | unit.Quantity | None,
+    interval: int,
+    fall_back: str | Path | None,
+    long_range_cutoff: float | unit.Quantity | None,
+) -> UncertaintySpec | None:
+    """What the keywords of `MLFFPotentialImpl.addForces` about uncertainty ask for; None if nothing."""
+    if action is None:
+        given = {"uncertainty_limit": limit, "fall_back": fall_back}
+        for keyword, value in given.items():
+            if value is not None:
+                raise ValueError(f"{keyword}: expected None without on_uncertain, got {value!r}")
+        return None
+    if action not in ON_UNCERTAIN:
+        raise ValueError(f"on_uncertain: expected {', '.join(map(repr, ON_UNCERTAIN))} or None, got {action!r}")
+    if not isinstance(model, Ensemble):
+        raise ValueError(
+            f"on_uncertain: expected an ensemble, whose members disagree where it is unsure, got a {name!r} model; "
+            "join models by `openmm-mlff models ensemble`"
+        )
+    other = None if fall_back is None else _other_model(fall_back, long_range_cutoff)
+    return UncertaintySpec(action, check_uncertainty_limit(limit, model.config.force_limit), interval, other)
+
+
+def _other_model(given: str | Path, long_range_cutoff: float | unit.Quantity | None) -> OtherModel:
+    """The model file, or the model that a plugin ships or knows, in the cache."""
+    path = Path(given).expanduser()
+    name, arguments = str(given), {}
+    if path.is_file():
+        name, arguments = families.load_potential(path).family, {"modelPath": path}
+    elif path.suffix:
+        raise FileNotFoundError(f"fall_back: no file at {path}")
+    found = MLFFPotentialImpl(name, families.find_family(name), arguments)
+    model = load_model(found._sha256, found.family.name, found._path, device="cpu")
+    cutoff = length(long_range_cutoff) if long_range_cutoff is not None else found._own_cutoff
+    phase = model.phases[0] if model.phases else None
+    return OtherModel(found._sha256, found.family.name, found._path, cutoff, phase)
 
 
 def _given(path: Any) -> Path:

@@ -21,8 +21,9 @@ import openmm
 from openmm_mlff.data.structures import SYMBOLS, Structure
 from openmm_mlff.forces import checks
 from openmm_mlff.forces.copies import CopiesEvaluator
-from openmm_mlff.forces.force_spec import DEFAULT_MAX_FORCE, ForceSpec
+from openmm_mlff.forces.force_spec import DEFAULT_MAX_FORCE, ForceSpec, refuse_fall_back
 from openmm_mlff.forces.python_force import ForceComputation, _threads, _when
+from openmm_mlff.forces.uncertainty import Uncertainty, UncertaintyError
 from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
@@ -54,6 +55,7 @@ class MoleculesSpec:
             raise ValueError(f"sizes: expected sizes of molecules of {len(self.common.numbers)} atoms in all")
         if (len(self.charges), len(self.multiplicities)) != (n, n):
             raise ValueError(f"charges, multiplicities: expected one for each of {n} molecules")
+        refuse_fall_back(self.common, "molecules")
         if self.common.replicas != 1 or self.common.region != "open":
             raise ValueError("common: expected open molecules, each of them once")
 
@@ -231,6 +233,8 @@ class MoleculesComputation(ForceComputation):
         energies, forces = energies * KJ_PER_MOL_PER_EV, forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         if not (np.abs(forces).max() <= guard.max_force and np.isfinite(energies).all()):
             self._hold_unstable(energies, forces, positions, guard, state)
+        self._note(self._get_evaluator(positions, None).spreads, positions)
+        self._hold_uncertain(guard, state)
         if guard.held.any():
             forces[guard.held[self._segment]] = 0.0
             before = np.zeros_like(energies) if self.energies is None else self.energies
@@ -288,6 +292,23 @@ class MoleculesComputation(ForceComputation):
             own = (float(energies[k]), forces[atoms], positions[atoms])
             error = checks.unstable(*own, None, limit, describe, when)
             self._hold(k, str(error), guard, state)
+
+    def _hold_uncertain(self, guard: MoleculeGuard, state: openmm.State) -> None:
+        """Hold molecules that the model is too unsure of, where that is to stop them."""
+        found, watch = self.uncertainty, self.watch
+        if found is None or watch is None or watch.spec.action != "stop" or not self.limited:
+            return
+        largest = np.maximum.reduceat(found.forces, self.offsets[:-1])
+        for k in np.flatnonzero(~(largest <= watch.spec.limit) & ~guard.held).tolist():
+            own = Uncertainty(found.energies[k : k + 1], found.forces[self._each()[k]])
+            try:
+                watch.exceeded(own, state.getStepCount(), functools.partial(self._within_from, int(self.offsets[k])))
+            except UncertaintyError as error:
+                self._hold(k, str(error), guard, state)
+
+    def _beyond(self, state: openmm.State) -> bool:
+        held = self._guard is not None and self.watch is not None and self.watch.spec.action == "stop"
+        return False if held else super()._beyond(state)
 
     def _hold(self, molecule: int, reason: str, guard: MoleculeGuard, state: openmm.State) -> None:
         last = self._good[self.offsets[molecule] : self.offsets[molecule + 1]].copy()

@@ -7,38 +7,43 @@ text (which model, which atoms, which options) and loads the model, by its check
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import os
 import threading
 import time
 import traceback
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import openmm
 import torch
 
-from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import SYMBOLS, Structure
 from openmm_mlff.forces import checks
 from openmm_mlff.forces.copies import CopiesEvaluator
-from openmm_mlff.forces.force_spec import PRECISIONS, ForceSpec
-from openmm_mlff.potentials.family import load_potential
+from openmm_mlff.forces.force_spec import ForceSpec
+from openmm_mlff.forces.loading import load_model
+from openmm_mlff.forces.uncertainty import FRAMES, Uncertainty, Watch
+from openmm_mlff.potentials.ensemble import Ensemble
 from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 if TYPE_CHECKING:
     from openmm_mlff.potentials.evaluator import Evaluator
     from openmm_mlff.potentials.potential import Potential
 
+logger = logging.getLogger(__name__)
+
 #: number of threads, over the choice by size (environment)
 THREADS_VARIABLE = "OPENMM_MLFF_THREADS"
 #: below this size more than one thread costs more than it gains
 SINGLE_THREAD_MAX_ATOMS = 200
-MAX_LOADED_MODELS = 8
+#: in what `ForceComputation.pair_list_state` gives: the other model evaluates
+FALLEN_BACK = "fallen_back"
 
 
 class ForceComputation:
@@ -53,7 +58,12 @@ class ForceComputation:
         energies: of the last call that succeeded, one per copy, ``(replicas,)`` kJ/mol; None before it.
         error: the exception of the last call, without traceback objects; None after a call that succeeded. Its notes
             hold the traceback as text.
-        limited: whether forces above ``spec.max_force`` are an error; False while a minimiser tries steps.
+        uncertainty: of the last call that succeeded, of an ensemble; else None.
+        watch: what follows the uncertainty, if ``spec.uncertainty`` says so; else None.
+        other: what evaluates instead since an ensemble that was unsure fell back to another model; else None.
+        frames: folder for frames that were uncertain.
+        limited: whether large or uncertain forces count (``spec.max_force``, ``spec.uncertainty``); False while a
+            minimiser tries steps.
         last_call: when it was called last (`time.monotonic`), 0 before the first call.
     """
 
@@ -72,6 +82,10 @@ class ForceComputation:
         self._own_model: Potential | None = None
         self._cell: np.ndarray | None = None
         self._lock = threading.RLock()
+        self.uncertainty: Uncertainty | None = None
+        self.watch = None if self.spec.uncertainty is None else Watch(self.spec.uncertainty)
+        self.other: ForceComputation | None = None
+        self.frames = Path(FRAMES)
         self.limited = True
         self.last_call = 0.0
         _registry.setdefault(self.options, weakref.WeakSet()).add(self)
@@ -93,7 +107,7 @@ class ForceComputation:
             try:
                 self.error = None
                 self._couple(state)
-                return self._evaluate(state)
+                return self._watched(state)
             except BaseException as error:
                 # OpenMM keeps only the text of an exception, so the text has to hold everything
                 text = traceback.format_exc()
@@ -172,7 +186,68 @@ class ForceComputation:
         if not (np.isfinite(energy) and np.abs(forces).max() <= limit):
             raise self._unstable(energies, forces, positions, cell, limit, _when(state))
         self.energies = energies
+        self._note(self._get_evaluator(positions, cell).spreads, positions)
         return energy, np.ascontiguousarray(forces)
+
+    # -- uncertainty -----------------------------------------------------------------------------------------------
+
+    def _watched(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        """An evaluation, by the other model if this one has fallen back, or does so now."""
+        if self.other is None:
+            result = self._evaluate(state)
+            if not (self._beyond(state) and self.spec.uncertainty is not None and self.spec.uncertainty.other):
+                return result
+            self.fall_back()
+            instead = self._by_other(state)
+            logger.warning(
+                "on_uncertain: fell back to %s for the rest of the run; energies go on %+.6g kJ/mol from where they "
+                "were (step %d)", self.spec.uncertainty.other.family, instead[0] - result[0], state.getStepCount(),
+            )  # fmt: skip
+            return instead
+        return self._by_other(state)
+
+    def _by_other(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        assert self.other is not None
+        self.other.limited = self.limited
+        result = self.other._evaluate(state)
+        self.energies, self.uncertainty = self.other.energies, None
+        return result
+
+    def fall_back(self) -> None:
+        """Evaluate the model that ``spec.uncertainty`` names instead of this one, from now on."""
+        if self.spec.uncertainty is None or self.spec.uncertainty.other is None:
+            raise ValueError("fall_back: expected a force made with on_uncertain='fall_back', got another")
+        self.other = self._with(other_spec(self.spec))
+
+    def _with(self, spec: ForceSpec) -> ForceComputation:
+        """The same force by another model."""
+        return ForceComputation(spec)
+
+    def _note(self, spreads: tuple[np.ndarray, np.ndarray] | None, positions: np.ndarray) -> None:
+        """Keep how sure the model was of the evaluation at these positions (angstrom)."""
+        model = self.model
+        if spreads is None or not isinstance(model, Ensemble):
+            self.uncertainty = None
+            return
+        factors = model.config.energy_factor, model.config.force_factor
+        self.uncertainty = Uncertainty(factors[0] * spreads[0], factors[1] * spreads[1])
+        self._positions = positions
+
+    def _beyond(self, state: openmm.State) -> bool:
+        """Whether the last evaluation was too uncertain; what `watch` does about it is done."""
+        found, watch, step = self.uncertainty, self.watch, state.getStepCount()
+        if found is None or watch is None or not self.limited:
+            return False
+        try:
+            beyond = watch.exceeded(found, step, self.describe)
+        except checks.InstabilityError as error:
+            raise self._located(error) from None
+        if beyond and watch.spec.action == "save" and watch.due(step):
+            k = int(np.searchsorted(self.offsets, found.worst, side="right")) - 1
+            structure = self._structures(self._positions, self._cell)[k]
+            about = {"force_uncertainty": float(found.forces[found.worst]), "step": step, "source": "uncertain"}
+            watch.save(self.frames, structure.replace(info={**structure.info, **about}), step)
+        return beyond
 
     def _couple(self, state: openmm.State) -> None:
         """Let the model's coupling follow OpenMM's global parameter, where there is one."""
@@ -258,9 +333,12 @@ class ForceComputation:
     def pair_list_state(self) -> dict[str, np.ndarray] | None:
         """Positions ``(n_atoms, 3)`` and cell (angstrom) at which the pair lists were built; None if none are kept.
 
-        A resumed run is the same bit for bit only with the same lists: sums have the order of the list.
+        A resumed run is the same bit for bit only with the same lists: sums have the order of the list. Whether it has
+        fallen back to another model is in there too.
         """
         with self._lock:
+            if self.other is not None:
+                return {**(self.other.pair_list_state() or {}), FALLEN_BACK: np.array(1)}
             pairs = None if self._evaluator is None else self._evaluator.pairs
             reference = None if pairs is None else pairs.reference
             if reference is None:
@@ -276,6 +354,11 @@ class ForceComputation:
         if saved is None:
             return
         with self._lock:
+            if FALLEN_BACK in saved:
+                self.fall_back()
+                assert self.other is not None
+                self.other.restore_pair_list({k: v for k, v in saved.items() if k != FALLEN_BACK} or None)
+                return
             positions = np.array(saved["positions"], dtype=np.float64)
             cell = np.array(saved["cell"], dtype=np.float64) if "cell" in saved else None
             evaluator = self._get_evaluator(positions, cell)
@@ -290,6 +373,13 @@ _registry: dict[str, weakref.WeakSet[ForceComputation]] = {}
 def living(options: str) -> list[ForceComputation]:
     """The computations of this process with these options (JSON), the last called first."""
     return sorted(_registry.get(options, ()), key=lambda c: c.last_call, reverse=True)
+
+
+def other_spec(spec: ForceSpec) -> ForceSpec:
+    """What a force is stored as that evaluates, for the same atoms, the model which `spec` falls back to."""
+    assert spec.uncertainty is not None and spec.uncertainty.other is not None
+    named = dataclasses.asdict(spec.uncertainty.other)
+    return dataclasses.replace(spec, **named, long_range_method="shifted", coupling_parameter=None, uncertainty=None)
 
 
 class ForceError(RuntimeError):
@@ -317,59 +407,6 @@ def make_force(
     force.setUsesPeriodicBoundaryConditions(periodic)
     force.setForceGroup(group)
     return force
-
-
-# -- models ----------------------------------------------------------------------------------------------------
-
-_models: OrderedDict[tuple[Any, ...], Potential] = OrderedDict()
-_models_lock = threading.Lock()
-
-
-def choose_device(device: str | None) -> str:
-    """The device to run on: what was asked for, else CUDA where there is one, else the CPU."""
-    return device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_model(
-    sha256: str,
-    family: str,
-    path: str | Path | None = None,
-    precision: str | None = None,
-    device: str | None = None,
-    long_range_cutoff: float | None = None,
-    long_range_method: str = "shifted",
-    phase: str | None = None,
-) -> Potential:
-    """A potential by the checksum of its file, loaded once per process for the same options.
-
-    Args:
-        path: where the file was last seen, if it is not in the cache. long_range_cutoff: angstrom.
-        long_range_method: one of the model's `Potential.long_range_methods`. phase: one of its `Potential.phases`.
-
-    Raises `FileNotFoundError` if no file has this checksum, `ValueError` for a method or phase that the family does not
-    offer, and what `load_potential` raises.
-    """
-    place = choose_device(device)
-    key = (sha256, precision, place, long_range_cutoff, long_range_method, phase)
-    with _models_lock:
-        if key in _models:
-            _models.move_to_end(key)
-            return _models[key]
-        model = load_potential(model_file.find(sha256, path), family)
-        if phase is not None:
-            model = model.in_phase(phase)
-        model.to(device=place, dtype=PRECISIONS[precision] if precision else None)
-        if long_range_cutoff is not None:
-            model.long_range_cutoff = long_range_cutoff
-        if long_range_method not in model.long_range_methods:
-            raise ValueError(
-                f"long_range_method: expected one of {model.long_range_methods}, got {long_range_method!r}"
-            )
-        model.long_range_method = long_range_method
-        _models[key] = model.eval().requires_grad_(False)
-        while len(_models) > MAX_LOADED_MODELS:
-            _models.popitem(last=False)
-        return _models[key]
 
 
 # -- details -----------------------------------------------------------------------------------------------------

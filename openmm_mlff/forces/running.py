@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import openmm
 
 from openmm_mlff.forces.python_force import ForceComputation, living
 from openmm_mlff.forces.serialization import stored_options
+from openmm_mlff.forces.uncertainty import Uncertainty
 
 
 def computations(source: openmm.System | openmm.Force) -> list[ForceComputation]:
@@ -66,7 +68,7 @@ def pair_list_state(source: openmm.System | openmm.Force) -> list[dict[str, np.n
     Empty dictionaries stand for forces that keep no list. See `ForceComputation.pair_list_state`.
     """
     # the last called one is that of the Context which ran
-    return [living(options)[0].pair_list_state() or {} for options in _options(source) if living(options)]
+    return [c.pair_list_state() or {} for c in _last_called(source)]
 
 
 def restore_pair_lists(source: openmm.System | openmm.Force, saved: Sequence[dict[str, np.ndarray]]) -> None:
@@ -80,6 +82,43 @@ def restore_pair_lists(source: openmm.System | openmm.Force, saved: Sequence[dic
     for options, state in zip(stored, saved, strict=True):
         for computation in living(options):
             computation.restore_pair_list(state or None)
+
+
+def uncertainty(source: openmm.System | openmm.Force) -> Uncertainty | None:
+    """How sure the ML forces of a system were in their last evaluation: energies (eV) and forces (eV/angstrom).
+
+    Of several forces, the one whose force on an atom is the most uncertain; None if none of them has an uncertainty.
+    """
+    found = [c.uncertainty for c in _last_called(source) if c.uncertainty is not None]
+    return max(found, key=lambda u: float(u.forces.max()), default=None)
+
+
+def most_uncertain(source: openmm.System | openmm.Force) -> tuple[float, float, int] | None:
+    """Uncertainty of the energy (eV, the largest of all copies) and of the worst force (eV/angstrom), and its atom.
+
+    The atom's index is that in the system. None where `uncertainty` is None.
+    """
+    called = [c for c in _last_called(source) if c.uncertainty is not None]
+    if not called:
+        return None
+    worst = max(called, key=lambda c: float(c.uncertainty.forces.max()))  # type: ignore[union-attr]
+    found = worst.uncertainty
+    assert found is not None
+    return float(found.energies.max()), float(found.forces.max()), worst.particle(found.worst)
+
+
+def save_uncertain_frames(source: openmm.System | openmm.Force, folder: str | Path) -> None:
+    """Where forces made with on_uncertain='save' write frames; call it when the Context exists.
+
+    Without it they go to ``uncertain_frames`` in the working directory.
+    """
+    for computation in computations(source):
+        computation.frames = Path(folder)
+
+
+def _last_called(source: openmm.System | openmm.Force) -> list[ForceComputation]:
+    """Of each ML force, the computation that was called last: that of the Context which ran."""
+    return [living(options)[0] for options in _options(source) if living(options)]
 
 
 def _options(source: openmm.System | openmm.Force) -> list[str]:

@@ -18,7 +18,7 @@ from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces import running
 from openmm_mlff.forces.ase_calculator import MLFFCalculator
 from openmm_mlff.forces.force_spec import ForceSpec
-from openmm_mlff.forces.python_force import load_model
+from openmm_mlff.forces.loading import load_model
 from openmm_mlff.forces.serialization import load_system
 from openmm_mlff.potentials.family import store_potential
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
@@ -129,7 +129,7 @@ def test_options_that_older_versions_stored() -> None:
     assert ForceSpec.from_json(spec.to_json()) == spec
     for text in (spec.to_json().replace('"pme"', '"p3m"'), spec.to_json().replace('"version":3', '"version":99')):
         with pytest.raises(
-            ValueError, match=r"long_range_method: expected one of shifted, ewald, pme|99 is newer than 4"
+            ValueError, match=r"long_range_method: expected one of shifted, ewald, pme|99 is newer than 5"
         ):
             ForceSpec.from_json(text)
 

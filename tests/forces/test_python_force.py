@@ -22,7 +22,8 @@ from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.forces import checks, running
 from openmm_mlff.forces.force_spec import ForceSpec
-from openmm_mlff.forces.python_force import ForceComputation, load_model
+from openmm_mlff.forces.loading import load_model
+from openmm_mlff.forces.python_force import ForceComputation
 from openmm_mlff.units import KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 from openmm_spookynet import SpookyNet
 
