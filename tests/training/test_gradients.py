@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training.batching import LabelledSet
 from openmm_mlff.training.compiled_loss import CompiledLoss
 from openmm_mlff.training.force_matching import ForceMatching, batch_loss
 from openmm_mlff.training.losses import LossWeights
 from openmm_mlff.training.parallel import ParallelLoss
+from openmm_spookynet import SpookyNet, SpookyNetConfig
 
 WEIGHTS = LossWeights(energy=0.7, forces=1.3, dipole=0.4, charges=0.2)
 
@@ -77,6 +82,58 @@ def test_loss_with_dropout_is_not_compiled(tiny, waters) -> None:
     with pytest.warns(UserWarning, match="dropout"):
         loss, _ = traced(model, labelled, WEIGHTS.tensor(torch.float64, model.device))
     assert loss.requires_grad
+
+
+def untrained() -> Potential:
+    """Where a training starts: what the last layers multiply by zero moves nothing."""
+    torch.manual_seed(0)
+    small = SpookyNetConfig(num_features=8, num_basis_functions=8, num_modules=1, num_random_features=8)
+    return SpookyNet(small).double().train()
+
+
+def compiler_of(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Callable[..., Any]:
+    """Stands in for `torch.compile`: the graph as it is, but its results are changed."""
+    return lambda graph, **options: lambda *arguments: change(graph(*arguments))
+
+
+def test_a_graph_that_is_wrong_where_weights_are_zero_is_not_used(waters, monkeypatch) -> None:
+    model = untrained()
+    labelled = LabelledSet(waters(4, seed=1), model).batch([0, 1, 2, 3])
+    weights = WEIGHTS.tensor(torch.float64, model.device)
+    plain = gradient(batch_loss(model, labelled, weights)[0], model)
+    hidden = [k for k, g in enumerate(plain) if float(g.norm()) == 0.0]
+    assert len(hidden) > 3
+
+    def one_per_cent(results: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [1.01 * x if k - 2 in hidden else x for k, x in enumerate(results)]
+
+    monkeypatch.setattr(torch, "compile", compiler_of(one_per_cent))
+    compiled = CompiledLoss(model, batch_loss)
+    with pytest.warns(UserWarning, match=r"compiled and eager gradients differ by 1\.0e-02"):
+        compiled(model, labelled, weights)
+    assert list(compiled._graphs.values()) == [None]
+
+
+def test_a_graph_that_goes_wrong_later_is_left(tiny, waters, monkeypatch) -> None:
+    model = tiny()
+    labelled = LabelledSet(waters(4, seed=1), model).batch([0, 1, 2, 3])
+    weights = WEIGHTS.tensor(torch.float64, model.device)
+    calls: list[int] = []
+
+    def after_some_steps(results: list[torch.Tensor]) -> list[torch.Tensor]:
+        calls.append(1)
+        return [x * (1 + 1e-6) for x in results] if len(calls) > 8 else results
+
+    monkeypatch.setattr(torch, "compile", compiler_of(after_some_steps))
+    compiled = CompiledLoss(model, batch_loss)
+    plain = gradient(batch_loss(model, labelled, weights)[0], model)
+    for _ in range(9):
+        compiled(model, labelled, weights)
+    with pytest.warns(UserWarning, match="gradients differ by 1.0e-06 after 10 steps"):
+        tenth = compiled(model, labelled, weights)[0]
+    for loss in (tenth, compiled(model, labelled, weights)[0]):
+        for a, b in zip(gradient(loss, model), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 def test_batches_of_many_kinds_run_eagerly(tiny, clusters, monkeypatch) -> None:
