@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from openmm_mlff import __version__, _plugins
 
 #: commands of the core, in the order in which the help shows them.
-COMMANDS = ("simulate", "demo", "dataset", "train", "evaluate", "hydration", "models", "convert")
+COMMANDS = ("simulate", "demo", "dataset", "train", "evaluate", "calibrate", "hydration", "models", "convert")
 
 #: errors that bad input or the world outside causes: one line, no traceback.
 EXPECTED = (ValueError, OSError, ImportError)
