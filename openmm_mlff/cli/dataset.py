@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openmm_mlff.cli.dataset_build import add_build
+
 if TYPE_CHECKING:
     from openmm_mlff.data.datasets import Dataset
     from openmm_mlff.data.reference import ReferenceMethod
@@ -30,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the subparsers of `openmm_mlff.cli`."""
     parser = subparsers.add_parser("dataset", help="make and inspect labelled datasets", description=DESCRIPTION)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_build(actions)
     _add_sample(actions)
     _add_label(actions)
     _add_import(actions)

@@ -45,6 +45,9 @@ GROUND_STATE_MULTIPLICITY: dict[int, int] = dict(
     )
 )
 
+#: share of the new charges in each iteration: tblite's default, and what is tried where that does not converge.
+MIXING, PATIENT_MIXING = 0.4, 0.2
+
 TBLITE_METHODS = ("GFN2-xTB", "GFN1-xTB", "IPEA1-xTB")
 
 #: energies (eV) and forces ``(n_atoms, 3)`` (eV/angstrom) at positions ``(n_atoms, 3)`` (angstrom).
@@ -172,8 +175,15 @@ class TBLite:
     def _single_point(self, calculator: Any, previous: Any = None) -> Any:
         try:
             return calculator.singlepoint(previous)
-        except RuntimeError as error:
-            raise LabelError(f"{self.method} failed: {error}") from error
+        except RuntimeError:
+            # charges that slosh between ions far apart settle in smaller steps, at the same solution
+            calculator.set("mixer-damping", PATIENT_MIXING)
+            try:
+                return calculator.singlepoint()
+            except RuntimeError as error:
+                raise LabelError(f"{self.method} failed: {error}") from error
+            finally:
+                calculator.set("mixer-damping", MIXING)
 
     def label(self, structure: Structure) -> Structure:
         """Energy relative to free atoms, forces, dipole (open systems; about the origin) and Mulliken charges.
@@ -199,11 +209,8 @@ class TBLite:
         def energy_and_forces(positions: np.ndarray) -> tuple[float, np.ndarray]:
             nonlocal result
             calculator.update(positions / ANGSTROM_PER_BOHR)
-            try:
-                result = self._single_point(calculator, result)
-            except LabelError:
-                # an old wavefunction can be a bad guess after a large move
-                result = self._single_point(calculator)
+            # starts anew where this fails: an old wavefunction can be a bad guess after a large move
+            result = self._single_point(calculator, result)
             energy = float(result.get("energy")) * EV_PER_HARTREE - shift
             return energy, -result.get("gradient") * (EV_PER_HARTREE / ANGSTROM_PER_BOHR)
 

@@ -118,7 +118,8 @@ class ReferenceForce:
         return energy * KJ_PER_MOL_PER_EV, np.ascontiguousarray(forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM)
 
 
-def _positions(context: openmm.Context) -> np.ndarray:
+def positions_of(context: openmm.Context) -> np.ndarray:
+    """``(n_atoms, 3)`` angstrom."""
     return context.getState(positions=True).getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
 
 
@@ -131,9 +132,10 @@ def _system(force: ReferenceForce, torsions: Iterable[TorsionRestraint]) -> open
     return system
 
 
-def _context(
+def make_context(
     force: ReferenceForce, torsions: Iterable[TorsionRestraint], integrator: openmm.Integrator, positions: np.ndarray
 ) -> openmm.Context:
+    """A context on the Reference platform at positions ``(n_atoms, 3)`` angstrom; others are slower."""
     platform = openmm.Platform.getPlatform("Reference")
     context = openmm.Context(_system(force, torsions), integrator, platform)
     context.setPositions(positions * NM_PER_ANGSTROM)
@@ -141,7 +143,7 @@ def _context(
 
 
 @contextlib.contextmanager
-def _interruptible(force: ReferenceForce) -> Iterator[None]:
+def interruptible(force: ReferenceForce) -> Iterator[None]:
     """Ctrl-C stays Ctrl-C: OpenMM turns what a force raises into its own exception."""
     try:
         yield
@@ -167,10 +169,10 @@ def _start_positions(plan: TrajectoryPlan, driver: ReferenceMethod) -> np.ndarra
     integrator = openmm.LangevinMiddleIntegrator(10.0, 80.0, 0.0005)
     integrator.setRandomNumberSeed(plan.seed)
     restraints = (replace(t, force_constant=START_FORCE_CONSTANT) for t in plan.torsions)
-    context = _context(force, restraints, integrator, positions)
-    with _interruptible(force):
+    context = make_context(force, restraints, integrator, positions)
+    with interruptible(force):
         integrator.step(160)
-    relaxed = _positions(context)
+    relaxed = positions_of(context)
     if not np.array_equal(bond_graph(numbers, relaxed), bonded):
         raise RuntimeError(f"{plan.name}: bonds changed while the start structure was relaxed")
     return relaxed
@@ -197,16 +199,16 @@ def run_trajectory(
         plan.temperature, plan.friction / unit.picosecond, plan.timestep * unit.femtosecond
     )
     integrator.setRandomNumberSeed(plan.seed)
-    context = _context(force, plan.torsions if plan.restrained else (), integrator, positions)
+    context = make_context(force, plan.torsions if plan.restrained else (), integrator, positions)
     context.setVelocitiesToTemperature(plan.temperature, plan.seed)
-    with _interruptible(force):
+    with interruptible(force):
         integrator.step(round(plan.discard / plan.timestep))
     stride = round(plan.stride / plan.timestep)
     frames = []
     for k in range(int((plan.duration - plan.discard) / plan.stride + 1e-9)):
-        with _interruptible(force):
+        with interruptible(force):
             integrator.step(stride)
-        frame = _positions(context)
+        frame = positions_of(context)
         info = {
             "time_fs": plan.discard + (k + 1) * plan.stride,
             "temperature": plan.temperature,
