@@ -14,9 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command ``models``."""
     parser = subparsers.add_parser(
         "models",
-        help="list, verify and fetch models",
+        help="list, verify, fetch and join models",
         description="List the models that are shipped or known, with licence and domain; verify checksums; fetch "
-        "published models into the cache (OPENMM_MLFF_CACHE, else ~/.cache/openmm-mlff).",
+        "published models into the cache (OPENMM_MLFF_CACHE, else ~/.cache/openmm-mlff); join models as an ensemble.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     listing = actions.add_parser("list", help="table of all models (the default)")
@@ -25,6 +25,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     fetch = actions.add_parser("fetch", help="download a published model into the cache")
     fetch.add_argument("name", metavar="NAME")
     fetch.add_argument("--url", help="another place that has the same file; the checksum must be right all the same")
+    joining = actions.add_parser("ensemble", help="join models of one kind, which then know where they are unsure")
+    joining.add_argument("files", nargs="+", metavar="FILE", help="model files of one family and one config")
+    joining.add_argument("--output", "-o", required=True, metavar="FILE", help="the ensemble's model file")
+    joining.add_argument("--name", help="of the ensemble, for its card")
+    joining.add_argument("--energy-factor", type=float, metavar="X", help="uncertainty = X times the spread (1)")
+    joining.add_argument("--force-factor", type=float, metavar="X", help="the same for forces (1)")
+    joining.add_argument("--force-limit", type=float, metavar="EV/ANGSTROM", help="uncertainty of a force beyond which "
+                         "the model has left its domain")  # fmt: skip
+    joining.set_defaults(func=join_models)
     parser.set_defaults(func=list_models)
     listing.set_defaults(func=list_models)
     verify.set_defaults(func=verify_models)
@@ -107,6 +116,25 @@ def verify_models(args: argparse.Namespace) -> int:
         sound &= good
         print(f"{name}: {verdict}")
     return 0 if sound else 1
+
+
+def join_models(args: argparse.Namespace) -> int:
+    """Write several models as one ensemble."""
+    from openmm_mlff.potentials.ensemble import save_ensemble
+
+    output = Path(args.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output: expected a file ending in .safetensors, got {output.name!r}")
+    if output.exists():
+        raise ValueError(f"output: {output} exists already; choose another name")
+    missing = [name for name in args.files if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"file: no file at {missing[0]}")
+    named = {name: getattr(args, name) for name in ("energy_factor", "force_factor", "force_limit")}
+    calibration = {name: value for name, value in named.items() if value is not None}
+    save_ensemble(args.files, output, calibration, **({"name": args.name} if args.name else {}))
+    print(f"{output}: {len(args.files)} members; use it as MLPotential('ensemble', modelPath=...)")
+    return 0
 
 
 def fetch_model(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from openmm_mlff.cli._training_options import add_device, overrides, set_options, show_table
@@ -44,6 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="processes that share every batch, with a device of the kind --device each; this command is then started "
         "once for each (or by torchrun, with the same number)",
     )
+    parser.add_argument("--members", type=int, metavar="N", help="train N models of seeds SEED to SEED+N-1, and join "
+                        "them as an ensemble that knows where it is unsure")  # fmt: skip
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop then with a checkpoint (--resume)")
     parser.add_argument("--name", help="name of the model, for its card")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -53,21 +56,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the training is complete, 130 when it was stopped before."""
-    import json
     import os
     from pathlib import Path
 
     from rich.console import Console
 
     from openmm_mlff.potentials.family import find_family
+    from openmm_mlff.training.members import PLAN
     from openmm_mlff.training.recipe import Recipe
     from openmm_mlff.training.run import CONFIG, MODEL, train
 
     console = Console(stderr=True)
+    of_many = (Path(args.output) / PLAN).exists()
     given = overrides(args, "family", "seed", "batch_size", "threads", "compile")
     loop = overrides(args, "steps", "learning_rate")
     recipe: Recipe | None = None
-    if args.resume and (Path(args.output) / CONFIG).exists():
+    if args.resume and (of_many or (Path(args.output) / CONFIG).exists()):
         if args.config is not None or given or loop or args.init or args.name or args.set:
             raise ValueError("--resume: the run has its own recipe; leave out --config, --init and what overrides them")
     else:
@@ -77,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         set_options(content, args.set)
         recipe = Recipe.from_dict(content)
     card = {"name": args.name} if args.name else {}
+    if of_many or args.members is not None:
+        return _run_members(args, recipe, card)
     family = recipe.family if recipe else _resumed_family(Path(args.output))
     if find_family(family).trainer is not None:
         return _run_directly(args, recipe, card, loop)
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         card=card,
         devices=args.devices,
-        time_limit=None if args.time_limit is None else 60.0 * args.time_limit,
+        time_limit=_seconds(args),
     )
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return 0  # the first process reports
@@ -101,6 +107,36 @@ def run(args: argparse.Namespace) -> int:
     _show_errors(Path(args.output))
     console.print(f"best step {state.best['step']}; model written to {Path(args.output) / MODEL}")
     return 0
+
+
+def _run_members(args: argparse.Namespace, recipe: Any, card: dict[str, Any]) -> int:
+    """Train the members of an ensemble one after the other."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from openmm_mlff.training.members import PLAN, train_members
+    from openmm_mlff.training.run import MODEL
+
+    if args.devices != 1:
+        raise ValueError("--devices: expected 1 with --members; train the members by commands of their own instead")
+    states = train_members(
+        recipe, args.data, args.output, args.members, args.resume, args.init, args.device, not args.quiet, card,
+        _seconds(args),
+    )  # fmt: skip
+    console, output = Console(stderr=True), Path(args.output)
+    if not (output / MODEL).exists():
+        n = json.loads((output / PLAN).read_text(encoding="utf-8"))["members"]
+        steps = f" after step {states[-1].step}" if states else ""
+        console.print(f"stopped in member {max(len(states) - 1, 0)} of {n}{steps}; --resume goes on")
+        return 130
+    _show_errors(output)
+    console.print(f"ensemble of {len(states)} written to {output / MODEL}")
+    return 0
+
+
+def _seconds(args: argparse.Namespace) -> float | None:
+    return None if args.time_limit is None else 60.0 * args.time_limit
 
 
 def _run_directly(args: argparse.Namespace, recipe: Any, card: dict[str, Any], loop: dict[str, Any]) -> int:
@@ -128,8 +164,6 @@ def _run_directly(args: argparse.Namespace, recipe: Any, card: dict[str, Any], l
 
 
 def _show_errors(output: Any) -> None:
-    import json
-
     for split in ("test", "valid"):
         report = output / f"{split}_errors.json"
         if report.exists():
@@ -138,8 +172,6 @@ def _show_errors(output: Any) -> None:
 
 
 def _resumed_family(output: Any) -> str:
-    import json
-
     from openmm_mlff.training.run import CONFIG
 
     return str(json.loads((output / CONFIG).read_text(encoding="utf-8"))["recipe"]["family"])

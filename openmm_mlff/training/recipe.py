@@ -61,11 +61,13 @@ class DataOptions:
         block_size: consecutive structures that count as one group, where a file names no groups or a single one; None
             refuses structures without a group, because neighbouring frames in two splits would make errors look small.
         intact_only: leave out structures whose ``info`` says that their bonds are not intact.
+        seed: of this split; None takes the recipe's. Members of an ensemble share it.
     """
 
     fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1})
     block_size: int | None = None
     intact_only: bool = True
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.fractions if name not in SPLITS]
@@ -140,7 +142,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tables, as `from_dict` takes them."""
-        return asdict(self)
+        content = asdict(self)
+        if self.data.seed is None:
+            # as it was stored before there was a choice
+            del content["data"]["seed"]
+        return content
 
 
 _SECTIONS: dict[str, type] = {"loop": LoopOptions, "loss": LossWeights, "final_loss": LossWeights, "data": DataOptions}
@@ -196,6 +202,7 @@ def load_data(paths: Sequence[str | Path], options: DataOptions, seed: int) -> T
     """
     if not paths:
         raise ValueError("data: expected at least one dataset or file, got none")
+    seed = seed if options.seed is None else options.seed
     splits: dict[str, list[Structure]] = {name: [] for name in SPLITS}
     rest: list[Structure] = []
     sources = []
