@@ -45,7 +45,7 @@ class AllowListReader(pickle.Unpickler):
     """
 
     def __init__(self, content: bytes) -> None:
-        _check_memo(content)
+        check_memo(content)
         super().__init__(io.BytesIO(content))
 
     def known(self, module: str, name: str) -> Any:
@@ -59,8 +59,11 @@ class AllowListReader(pickle.Unpickler):
         return found
 
 
-def _check_memo(content: bytes) -> None:
-    """Refuse places of the memo beyond any that a pickle of this length can need; Python would make room for them."""
+def check_memo(content: bytes) -> None:
+    """Refuse places of the memo beyond any that a pickle of this length can need; Python would make room for them.
+
+    Raises `pickle.UnpicklingError`, and `ValueError` for bytes that are no pickle.
+    """
     for opcode, argument, _ in pickletools.genops(content):
         if "PUT" in opcode.name and int(argument or 0) > len(content):
             raise pickle.UnpicklingError(f"it numbers an object {argument}")

@@ -20,6 +20,7 @@ from typing import Any
 
 import openmm
 
+from openmm_mlff.data.pickles import check_memo
 from openmm_mlff.forces.embedded_force import EmbeddedComputation
 from openmm_mlff.forces.molecule_force import MoleculesComputation
 from openmm_mlff.forces.python_force import ForceComputation
@@ -249,12 +250,10 @@ class _Pickle(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self.names: set[str] = set()
         try:
-            for opcode, argument, _ in pickletools.genops(data):
+            for opcode, _, _ in pickletools.genops(data):
                 if opcode.name.startswith(("EXT", "PERSID", "BINPERSID", "NEXT_BUFFER")):
                     raise UnsafeXMLError(f"source: a pickle in it uses {opcode.name}, which cannot be checked")
-                # a table of memorised objects as large as this number would be allocated
-                if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(data):
-                    raise UnsafeXMLError("source: a pickle in it asks for more memory than it can use")
+            check_memo(data)
             self.value = self.load()
         except UnsafeXMLError:
             raise
