@@ -27,7 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "simulate",
         help="run molecular dynamics of a PDB file with a machine-learned potential",
         description="Run molecular dynamics of a PDB or mmCIF file (with all hydrogens). Writes trajectory.dcd, "
-        "log.csv, checkpoint.zip, run.json, final.pdb and summary.png into the output folder. Ctrl-C ends cleanly.",
+        "log.csv, checkpoint.zip, run.json, final.pdb and summary.png into the output folder, and uncertainty.csv with "
+        "an ensemble. Ctrl-C ends cleanly.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_model(parser.add_argument_group("model"))
     _add_system(parser.add_argument_group("system"))
     _add_dynamics(parser.add_argument_group("dynamics"))
+    _add_uncertainty(parser.add_argument_group("uncertainty (of ensembles)"))
     _add_machine(parser.add_argument_group("machine"))
     parser.set_defaults(func=run)
 
@@ -86,6 +88,16 @@ def _add_dynamics(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-force", type=float, metavar="F", help="kJ/mol/nm; more ends the run (1e5)")
 
 
+def _add_uncertainty(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--on-uncertain", choices=("warn", "save", "stop", "fall_back"), help="what an ensemble does "
+                       "when it is unsure of a force: warn; save frames for labelling, in DIR/uncertain; stop; or go "
+                       "on with another model, which changes the force field within the run")  # fmt: skip
+    group.add_argument("--uncertainty-limit", type=float, metavar="EV/ANGSTROM", help="of the force on any atom (that "
+                       "of the model file)")  # fmt: skip
+    group.add_argument("--uncertain-interval", type=int, metavar="STEPS", help="between saved frames, at least (100)")
+    group.add_argument("--fall-back", metavar="MODEL", help="model file, or name of a model, to go on with")
+
+
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--platform", metavar="NAME", help="OpenMM platform; chosen by size if not given")
     group.add_argument(
@@ -102,6 +114,7 @@ _DIRECT = (
     *("padding", "use_box"),
     *("ensemble", "temperature", "pressure", "friction", "timestep", "minimization_steps", "report_interval"),
     *("checkpoint_interval", "seed"),
+    *("on_uncertain", "uncertainty_limit", "uncertain_interval", "fall_back"),
     *("check_bonds", "max_force", "platform", "threads", "precision", "device", "compile"),
 )
 

@@ -355,7 +355,8 @@ class ForceComputation:
             return
         with self._lock:
             if FALLEN_BACK in saved:
-                self.fall_back()
+                if self.other is None:
+                    self.fall_back()
                 assert self.other is not None
                 self.other.restore_pair_list({k: v for k, v in saved.items() if k != FALLEN_BACK} or None)
                 return

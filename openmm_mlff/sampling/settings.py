@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openmm_mlff.data.files import write_atomically
+from openmm_mlff.forces.uncertainty import ON_UNCERTAIN
 from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 
 ENSEMBLES = ("nve", "nvt", "npt")
@@ -45,6 +46,9 @@ class RunSettings:
         torsions: name -> four atom indices, written to the table beside phi and psi.
         check_bonds: stop when a bond of the machine-learned region breaks.
         max_force: kJ/mol/nm; a larger force on any atom stops the run.
+        on_uncertain: what an ensemble does when it is unsure of a force: warn, save (frames, in ``uncertain``), stop or
+            fall_back; None watches nothing. uncertainty_limit: eV/angstrom; None takes that of the model file.
+        uncertain_interval: steps between two saved frames, at least. fall_back: model file or name of a model.
 
     Raises `ValueError` naming the argument, what was expected and what came.
     """
@@ -81,23 +85,29 @@ class RunSettings:
     torsions: Mapping[str, tuple[int, int, int, int]] = dataclasses.field(default_factory=dict)
     check_bonds: bool = True
     max_force: float = 1e5
+    on_uncertain: str | None = None
+    uncertainty_limit: float | None = None
+    uncertain_interval: int = 100
+    fall_back: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forcefield", tuple(self.forcefield))
         object.__setattr__(self, "torsions", {name: tuple(atoms) for name, atoms in self.torsions.items()})
         for name, allowed in (("ensemble", ENSEMBLES), ("compile", COMPILE), ("embedding", EMBEDDINGS),
                               ("precision", (None, "single", "double")),
-                              ("long_range_method", (None, *LONG_RANGE_METHODS))):  # fmt: skip
+                              ("long_range_method", (None, *LONG_RANGE_METHODS)),
+                              ("on_uncertain", (None, *ON_UNCERTAIN))):  # fmt: skip
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(a) for a in allowed if a is not None)
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
         for name in ("temperature", "timestep", "friction", "max_force"):
             require_positive(name, getattr(self, name))
-        for name in ("padding", "long_range_cutoff"):
+        for name in ("padding", "long_range_cutoff", "uncertainty_limit"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
         for name, least in (("steps", 0), ("equilibration_steps", 0), ("minimization_steps", 0), ("seed", 1),
-                            ("report_interval", 1), ("checkpoint_interval", 1)):  # fmt: skip
+                            ("report_interval", 1), ("checkpoint_interval", 1),
+                            ("uncertain_interval", 1)):  # fmt: skip
             require_whole(name, getattr(self, name), least)
         if self.threads is not None:
             require_whole("threads", self.threads, 1)

@@ -7,6 +7,7 @@ The folder of a run::
     checkpoint.zip   where the run is (see `checkpoints`)
     trajectory.dcd   frames                                  log.csv      energies, temperature, torsions
     final.pdb, final_state.xml, summary.png                  at the end
+    uncertainty.csv  of an ensemble (see `uncertainty`)      uncertain/       frames, with on_uncertain = save
     failure/         System, State, integrator and message, if the run was stopped by a guard
 
 A run has three phases: minimisation, equilibration (with a thermostat) and production (recorded).
@@ -30,6 +31,7 @@ from openmm import app, unit
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.forces import running
 from openmm_mlff.forces.serialization import load_system
+from openmm_mlff.potentials.ensemble import Ensemble
 from openmm_mlff.sampling import checkpoints, guards
 from openmm_mlff.sampling.bookkeeping import MinimizationProgress, degrees_of_freedom, programs
 from openmm_mlff.sampling.checkpoints import Checkpoint, seed_for
@@ -37,6 +39,7 @@ from openmm_mlff.sampling.platforms import PlatformChoice, choose_platform
 from openmm_mlff.sampling.reporters import ProgressBar, TableWriter, TrajectoryWriter
 from openmm_mlff.sampling.settings import RunSettings, write_json
 from openmm_mlff.sampling.systems import build
+from openmm_mlff.sampling.uncertainty import UncertaintyTable
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL
 
 FORMAT = 1
@@ -105,6 +108,7 @@ class Simulation:
         self._seconds = float("inf")
         self._trajectory: TrajectoryWriter | None = None
         self._table: TableWriter | None = None
+        self._unsure: UncertaintyTable | None = None
 
     # -- set-up ------------------------------------------------------------------------------------------------
 
@@ -319,6 +323,7 @@ class Simulation:
         context.setState(checkpoint.openmm_state())
         context.setStepCount(checkpoint.step)
         context.setTime(checkpoint.step * dt)
+        running.save_uncertain_frames(self._system, self.output / "uncertain")
         if checkpoint.pair_lists:
             running.restore_pair_lists(self._system, checkpoint.pair_lists)
         self._context = context
@@ -345,12 +350,14 @@ class Simulation:
             mass=self._mass,
             keep=step if old else None,
         )
+        if any(isinstance(c.model, Ensemble) for c in running.computations(self._system)):
+            self._unsure = UncertaintyTable(self.output / "uncertainty.csv", keep=step if old else None)
 
     def _close_writers(self) -> None:
-        for writer in (self._trajectory, self._table):
+        for writer in (self._trajectory, self._table, self._unsure):
             if writer is not None:
                 writer.close()
-        self._trajectory = self._table = None
+        self._trajectory = self._table = self._unsure = None
 
     def _report(self, context: openmm.Context, step: int) -> None:
         """Check a frame and write it."""
@@ -370,10 +377,12 @@ class Simulation:
         time_ps = step * self.settings.timestep * 1e-3
         self._trajectory.write(positions, box)
         self._table.write(step, time_ps, potential, kinetic, temperature, positions, box)
+        if self._unsure is not None:
+            self._unsure.write(step, time_ps, self._system)
 
     def _save(self, context: openmm.Context, phase: str, step: int) -> None:
         """Write the checkpoint, after the frames that it counts on are on disk."""
-        for writer in (self._trajectory, self._table):
+        for writer in (self._trajectory, self._table, self._unsure):
             if writer is not None:
                 writer.sync()
         positions = context.getState(positions=True).getPositions(asNumpy=True)._value

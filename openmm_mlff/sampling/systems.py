@@ -25,6 +25,8 @@ from openmm_mlff.sampling.structure_checks import whole
 WATER = frozenset({"HOH", "WAT", "TIP3", "TP3", "SOL", "H2O"})
 #: nm; direct-space cutoff of the force field where the box is large enough for it.
 NONBONDED_CUTOFF = 0.9
+#: settings that are keywords of createSystem under the same name
+_UNCERTAIN = ("on_uncertain", "uncertainty_limit", "uncertain_interval", "fall_back")
 #: production and equilibration steps from which compiling the model pays for itself.
 COMPILE_FROM_STEPS = 20_000
 
@@ -193,6 +195,8 @@ def _model_options(settings: RunSettings) -> dict[str, Any]:
         options["longRangeMethod"] = settings.long_range_method
     if settings.phase is not None:
         options["phase"] = settings.phase
+    if settings.on_uncertain is not None:
+        options |= {name: getattr(settings, name) for name in _UNCERTAIN}
     return options
 
 
