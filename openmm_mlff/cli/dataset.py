@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmm_mlff.cli.dataset_build import add_build
+from openmm_mlff.cli.dataset_build import add_build, add_select
 
 if TYPE_CHECKING:
     from openmm_mlff.data.datasets import Dataset
@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("dataset", help="make and inspect labelled datasets", description=DESCRIPTION)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_build(actions)
+    add_select(actions)
     _add_sample(actions)
     _add_label(actions)
     _add_import(actions)

@@ -215,7 +215,7 @@ class Sampler:
         timestep = min(self.options.timestep, stride)
         seed = int(self.rng(name).integers(1, 2**31 - 1))
         try:
-            found = dynamics(
+            run = dynamics(
                 self.structure(start),
                 driver,
                 temperature=temperature,
@@ -225,6 +225,7 @@ class Sampler:
                 seed=seed,
                 timestep=timestep,
             )
+            found = list(run)
         except (openmm.OpenMMException, ValueError) as error:
             self.failures[name] = str(error).strip().splitlines()[-1]
             return

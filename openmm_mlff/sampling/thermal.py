@@ -8,6 +8,7 @@ Units: angstrom, eV, kelvin, femtoseconds; masses in amu.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,8 +187,8 @@ def dynamics(
     seed: int,
     timestep: float = 1.0,
     friction: float = 10.0,
-) -> list[np.ndarray]:
-    """Positions along one trajectory (LangevinMiddle, Reference platform), each ``(n_atoms, 3)`` angstrom.
+) -> Iterator[np.ndarray]:
+    """Positions along one trajectory (LangevinMiddle, Reference platform), each ``(n_atoms, 3)`` angstrom, as it goes.
 
     The start should be relaxed: velocities are drawn at twice the temperature, half of which becomes potential energy.
 
@@ -202,10 +203,9 @@ def dynamics(
     integrator.setRandomNumberSeed(seed)
     context = make_context(force, (), integrator, structure.positions)
     context.setVelocitiesToTemperature(2.0 * temperature, seed)
-    found = []
     with interruptible(force):
         integrator.step(round(discard / timestep))
-        for _ in range(frames):
+    for _ in range(frames):
+        with interruptible(force):
             integrator.step(max(1, round(stride / timestep)))
-            found.append(positions_of(context))
-    return found
+        yield positions_of(context)

@@ -170,30 +170,7 @@ def test_no_molecule_of_the_test_set_is_in_the_training_set_of_the_shipped_recip
     assert all(len(found) == 1 for found in splits.values())
     assert {"TRP", "HIS", "THR"} <= residues["test"] and not {"TRP", "HIS", "THR"} & residues["train"]
     assert not {"MET", "GLN"} & residues["train"] and {"MET", "GLN"} <= residues["valid"]
-    assert residues["train"] | residues["test"] | residues["valid"] >= set(
-        [
-            "ALA",
-            "ARG",
-            "ASN",
-            "ASP",
-            "CYS",
-            "GLN",
-            "GLU",
-            "GLY",
-            "HIS",
-            "ILE",
-            "LEU",
-            "LYS",
-            "MET",
-            "PHE",
-            "PRO",
-            "SER",
-            "THR",
-            "TRP",
-            "TYR",
-            "VAL",
-        ]
-    )
+    assert residues["train"] | residues["test"] | residues["valid"] >= set(AMINO_ACID.values())
     # a single molecule of the test set that nothing but its system's name holds out would be a leak
     alone = {s.parts[0].key for s in recipe.systems if s.split == "test" and s.kind == "molecule"}
     assert not alone & keys["train"]

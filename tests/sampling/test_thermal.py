@@ -87,7 +87,8 @@ def test_relaxation_finds_the_minimum() -> None:
 
 def test_dynamics_reach_the_temperature() -> None:
     def sample(seed: int) -> list[np.ndarray]:
-        return dynamics(diatomic(), Springs(), temperature=600, frames=400, stride=10, discard=200, seed=seed)
+        run = dynamics(diatomic(), Springs(), temperature=600, frames=400, stride=10, discard=200, seed=seed)
+        return list(run)
 
     frames = np.array(sample(3))
     lengths = np.linalg.norm(frames[:, 1] - frames[:, 0], axis=1)
