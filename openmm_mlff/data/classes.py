@@ -26,6 +26,7 @@ CLASSES = (
     "ion in water",
     "ion pair",
     "hydrogen bonded",
+    "dispersion bound",
     "separated fragments",
     "proton transfer",
     "bond stretch",

@@ -94,8 +94,13 @@ class Sampler:
         bonds = self.topology.polar_bonds()
         sulfur = self.topology.numbers[bonds[:, 1]] == 16
         longest = np.where(sulfur, LONGEST_SULFUR_BOND, LONGEST_BOND)
-        contacts = self._contacts(bonds) if conformer % 3 else np.empty((0, 2), dtype=np.int64)
+        contacts = np.empty((0, 2), dtype=np.int64) if self._loose(conformer) else self._contacts(bonds)
         return Held(self.method, bonds, longest, contacts, np.full(len(contacts), SHORTEST_CONTACT))
+
+    def _loose(self, conformer: int) -> bool:
+        """Whether protons of this conformer, though held, may come close to where they want to go."""
+        conformer %= self.options.conformers
+        return conformer % 3 == 2 or conformer == self.options.conformers - 1
 
     def _contacts(self, bonds: np.ndarray) -> np.ndarray:
         """Polar hydrogens with every N and O more than two bonds away, ``(n, 2)``."""
@@ -202,14 +207,23 @@ class Sampler:
             yield from self._trajectory(f"dynamics {k}", k, temperature, many, o.stride, o.discard, self.driver(k))
 
     def _by_release(self, count: int) -> Iterator[Frame]:
+        loose = [k for k in range(self.options.conformers) if self._loose(k)]
         for k, first in enumerate(range(0, count, RELEASE_FRAMES)):
             many = min(RELEASE_FRAMES, count - first)
-            yield from self._trajectory(f"release {k}", k, 300.0, many, RELEASE_STRIDE, 0.0, self.method)
+            start = loose[k % len(loose)]
+            yield from self._trajectory(f"release {k}", start, 300.0, many, RELEASE_STRIDE, 0.0, self.method)
 
     def _trajectory(
-        self, name: str, k: int, temperature: float, many: int, stride: float, discard: float, driver: ReferenceMethod
+        self,
+        name: str,
+        conformer: int,
+        temperature: float,
+        many: int,
+        stride: float,
+        discard: float,
+        driver: ReferenceMethod,
     ) -> Iterator[Frame]:
-        start = self.start(k)
+        start = self.start(conformer)
         if start is None:
             return
         timestep = min(self.options.timestep, stride)
@@ -289,7 +303,7 @@ class Sampler:
         """One part by itself at a temperature: normal modes, or random displacements where it is large."""
         shapes = self._thermal_parts(part, k % min(3, self.options.conformers))
         if isinstance(shapes, NormalModes):
-            return shapes.sample(temperature, 1, rng)[0]
+            return shapes.sample(temperature, 1, rng, classical=True)[0]
         return rattled(shapes, 1, (0.02, 0.06), rng)[0] if len(shapes) > 1 else np.zeros((1, 3))
 
     def _find_part_modes(self, part: int, conformer: int) -> NormalModes | np.ndarray:

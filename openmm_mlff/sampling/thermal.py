@@ -150,14 +150,17 @@ class NormalModes:
         modes = (weight[:, None] * (basis @ vectors)).T.reshape(-1, *x.shape)
         return cls(x, curvatures, modes)
 
-    def sample(self, temperature: float, n: int, rng: np.random.Generator) -> list[np.ndarray]:
-        """Positions from the quantum-harmonic distribution at a temperature (kelvin).
+    def sample(self, temperature: float, n: int, rng: np.random.Generator, classical: bool = False) -> list[np.ndarray]:
+        """Positions from the harmonic distribution at a temperature (kelvin).
 
-        <Q^2> = hbar/(2 omega) coth(hbar omega/2kT): E. Wigner, Phys. Rev. 40, 749 (1932), positions only.
+        Quantum: <Q^2> = hbar/(2 omega) coth(hbar omega/2kT) (E. Wigner, Phys. Rev. 40, 749 (1932), positions only);
+        classical: <Q^2> = kT/omega^2, as molecular dynamics have it.
         """
         softest = 2.0 * np.pi * _LIGHT * SOFTEST * np.sqrt(1e-3 / AVOGADRO / ELEMENTARY_CHARGE) * 1e-10
         omega = np.sqrt(np.maximum(self.curvatures, softest**2))
-        width = np.sqrt(HBAR / (2.0 * omega) / np.tanh(HBAR * omega / (2.0 * BOLTZMANN_EV * temperature)))
+        thermal = BOLTZMANN_EV * temperature
+        quantum = HBAR / (2.0 * omega) / np.tanh(HBAR * omega / (2.0 * thermal))
+        width = np.sqrt(thermal / omega**2 if classical else quantum)
         largest = np.linalg.norm(self.modes, axis=-1).max(axis=1, initial=1e-12)
         frames = []
         for _ in range(n):

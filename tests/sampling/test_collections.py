@@ -288,7 +288,7 @@ def test_shares_add_up_and_large_systems_have_no_modes() -> None:
 def test_failures_are_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
     table = changed(families=[copy.deepcopy(TABLE["families"][4])], split={})
-    table["families"][0]["sampling"]["largest_force"] = 12.0
+    table["families"][0]["sampling"]["largest_force"] = 7.0
     dataset = build_collection(collection_from_table(table), tmp_path, progress=False)
     assert 0 < len(dataset) < 3
     reasons = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -58,14 +58,15 @@ def test_normal_modes_of_a_diatomic_are_analytic() -> None:
     assert HBAR * omega / 1.239841984e-4 == pytest.approx(2143 + 2 * 13.3, rel=2e-3)
 
 
-@pytest.mark.parametrize("temperature", [10.0, 3000.0])
-def test_sampled_bonds_have_the_quantum_variance(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "classical"), [(10.0, False), (3000.0, False), (300.0, True)])
+def test_sampled_bonds_have_the_variance_of_the_oscillator(temperature: float, classical: bool) -> None:
     modes = NormalModes.of(diatomic(), Springs())
-    frames = np.array(modes.sample(temperature, 4000, np.random.default_rng(5)))
+    frames = np.array(modes.sample(temperature, 4000, np.random.default_rng(5), classical))
     lengths = np.linalg.norm(frames[:, 1] - frames[:, 0], axis=1)
     m = atomic_masses[[6, 8]]
     omega = np.sqrt(K * m.sum() / (m[0] * m[1]))
-    variance = HBAR * omega / (2 * K) / np.tanh(HBAR * omega / (2 * BOLTZMANN_EV * temperature))
+    quantum = HBAR * omega / (2 * K) / np.tanh(HBAR * omega / (2 * BOLTZMANN_EV * temperature))
+    variance = BOLTZMANN_EV * temperature / K if classical else quantum
     # standard error of a variance from 4000 samples is 2.2 %
     assert lengths.var() == pytest.approx(variance, rel=0.1)
     assert lengths.mean() == pytest.approx(LENGTH, abs=0.01)
