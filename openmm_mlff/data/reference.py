@@ -45,8 +45,8 @@ GROUND_STATE_MULTIPLICITY: dict[int, int] = dict(
     )
 )
 
-#: share of the new charges in each iteration: tblite's default, and what is tried where that does not converge.
-MIXING, PATIENT_MIXING = 0.4, 0.2
+#: share of the new charges in each iteration: tblite's default, then what is tried in turn where it does not converge.
+MIXING = (0.4, 0.15, 0.3, 0.1)
 
 TBLITE_METHODS = ("GFN2-xTB", "GFN1-xTB", "IPEA1-xTB")
 
@@ -175,15 +175,19 @@ class TBLite:
     def _single_point(self, calculator: Any, previous: Any = None) -> Any:
         try:
             return calculator.singlepoint(previous)
-        except RuntimeError:
-            # charges that slosh between ions far apart settle in smaller steps, at the same solution
-            calculator.set("mixer-damping", PATIENT_MIXING)
-            try:
-                return calculator.singlepoint()
-            except RuntimeError as error:
-                raise LabelError(f"{self.method} failed: {error}") from error
-            finally:
-                calculator.set("mixer-damping", MIXING)
+        except RuntimeError as error:
+            reason = error
+        # the charges of ions far apart slosh; where any share converges, it is to the same solution
+        try:
+            for share in MIXING[1:]:
+                calculator.set("mixer-damping", share)
+                try:
+                    return calculator.singlepoint()
+                except RuntimeError as error:
+                    reason = error
+        finally:
+            calculator.set("mixer-damping", MIXING[0])
+        raise LabelError(f"{self.method} failed: {reason}") from reason
 
     def label(self, structure: Structure) -> Structure:
         """Energy relative to free atoms, forces, dipole (open systems; about the origin) and Mulliken charges.

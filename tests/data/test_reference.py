@@ -270,3 +270,22 @@ def test_missing_tblite_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "tblite.interface", None)
     with pytest.raises(ImportError, match=r"pip install 'openmm-mlff\[label\]'"):
         TBLite().check()
+
+
+def test_ions_far_apart_converge_to_the_energy_between_their_neighbours() -> None:
+    ammonium = 0.6 * np.array([[0, 0, 0], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
+    formate = np.array([[0.0, 0.0, 0.0], [0.6, 1.1, 0.0], [0.6, -1.1, 0.0], [-1.13, 0.0, 0.0]])
+    method = TBLite()
+
+    def pair(distance: float) -> Structure:
+        return Structure([7, 1, 1, 1, 1, 6, 8, 8, 1], np.concatenate([ammonium, formate - [distance, 0.0, 0.0]]))
+
+    # with tblite's own mixing these two do not converge in any number of cycles
+    with pytest.raises(RuntimeError, match="not converged"):
+        method._calculator(pair(9.75), 0.1).singlepoint()
+    around = np.array([9.0, 9.25, 10.25, 10.5])
+    curve = np.polynomial.Polynomial.fit(around, [method.label(pair(d)).energy for d in around], 3)
+    for distance in (9.75, 10.0):
+        made = method.label(pair(distance))
+        assert made.energy == pytest.approx(curve(distance), abs=1e-3)
+        assert made.forces[5:, 0].sum() == pytest.approx(curve.deriv()(distance), abs=2e-3)
