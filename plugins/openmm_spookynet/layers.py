@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from openmm_mlff.data.structures import Batch
+from openmm_spookynet import activation_kernel
+from openmm_spookynet.pair_training import kernels_run_on
 
 
 class Activation(nn.Module):
@@ -21,7 +23,12 @@ class Activation(nn.Module):
 
     ``swish``: alpha x sigmoid(beta x), starts as an approximate GELU (beta = 1.702).
     ``ssp``: alpha (softplus(beta x) - ln 2) / beta.
+
+    Attributes:
+        native: compute Swish by a C++ kernel that has second derivatives, where one can run.
     """
+
+    native: bool = False
 
     def __init__(self, kind: str, n: int | None, features: int) -> None:
         super().__init__()
@@ -32,6 +39,8 @@ class Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swish":
+            if self.native and kernels_run_on(x):
+                return activation_kernel.Swish.apply(x, self.alpha, self.beta)
             return self.alpha * x * torch.sigmoid(self.beta * x)
         flat = self.beta == 0
         beta = torch.where(flat, torch.ones_like(self.beta), self.beta)

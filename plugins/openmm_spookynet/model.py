@@ -12,16 +12,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import linear
 
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials.potential import Potential, Prediction
-from openmm_spookynet import pair_training
 from openmm_spookynet.config import SpookyNetConfig
 from openmm_spookynet.dispersion import D4Dispersion
 from openmm_spookynet.electron_configuration import Z_MAX, electron_configuration_table
 from openmm_spookynet.layers import (
+    Activation,
     ElectronicEmbedding,
     Linear,
     LinearAttention,
@@ -31,6 +30,7 @@ from openmm_spookynet.layers import (
     softmax_by_structure,
 )
 from openmm_spookynet.pair_sums import PairSumsFunction, fused_pair_sums
+from openmm_spookynet.pair_training import kernels_run_on, native_pair_sums
 from openmm_spookynet.terms import (
     AngularFunctions,
     Electrostatics,
@@ -143,6 +143,7 @@ class SpookyNet(Potential):
     supports_charge = True
     supports_multiplicity = True
 
+    _native = False
     electron_config: Tensor
     repulsion: NuclearRepulsion | None
     electrostatics: Electrostatics | None
@@ -186,6 +187,18 @@ class SpookyNet(Potential):
         self.electrostatics = Electrostatics(c.cutoff) if c.use_electrostatics else None
         self.dispersion = D4Dispersion() if c.use_d4_dispersion else None
         self.to(torch.get_default_dtype())
+
+    @property
+    def native_training(self) -> bool:
+        """See `Potential`; the kernels are those of the sums over neighbours and of the activations."""
+        return self._native
+
+    @native_training.setter
+    def native_training(self, wanted: bool) -> None:
+        self._native = wanted
+        for module in self.modules():
+            if isinstance(module, Activation):
+                module.native = wanted
 
     # -- what atoms, charge and spin decide ------------------------------------------------------------------
 
@@ -269,9 +282,8 @@ class SpookyNet(Potential):
         """What sums over neighbours instead of torch's operations, or None."""
         if self.first_derivatives_only:
             return fused_pair_sums
-        # a graph that is being recorded holds torch's operations only
-        if self.native_training and get_proxy_mode() is None and pair_training.usable(geometry.rbf):
-            return pair_training.native_pair_sums
+        if self.native_training and kernels_run_on(geometry.rbf):
+            return native_pair_sums
         return None
 
     def _drop(self, keep: Tensor | None, y: Tensor, batch: Batch) -> Tensor:

@@ -8,18 +8,25 @@ sums of the same form, and the kernel needs no more memory for them than for the
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from openmm_mlff.potentials import native
 from openmm_spookynet.pair_kernel import call, empty_sums
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernel can run here: on the CPU, with one thread, where there is a compiler."""
-    return x.device.type == "cpu" and torch.get_num_threads() == 1 and native.compiler() is not None
+def kernels_run_on(x: Tensor) -> bool:
+    """Whether kernels can run: on the CPU, with one thread, with a compiler; a graph that is recorded holds none."""
+    return x.device.type == "cpu" and torch.get_num_threads() == 1 and get_proxy_mode() is None and _has_compiler()
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return native.compiler() is not None
 
 
 def native_pair_sums(

@@ -14,6 +14,7 @@ from openmm_mlff.potentials import native
 from openmm_mlff.training.batching import LabelledSet
 from openmm_mlff.training.force_matching import batch_loss
 from openmm_spookynet import SpookyNet, SpookyNetConfig, pair_kernel
+from openmm_spookynet.activation_kernel import Swish
 from openmm_spookynet.pair_kernel import PairSumsKernel
 from openmm_spookynet.pair_sums import PairSums
 from openmm_spookynet.pair_training import TrainingPairSums
@@ -113,6 +114,34 @@ def test_second_derivatives(features: int, radial: int, irreps: bool) -> None:
     pairs += [(a.transpose(1, 2)[mask], b.transpose(1, 2)[mask]) for a, b in ((p_a, p_b), (d_a, d_b))]
     for expected, found in [*pairs, *zip(rest_a, rest_b, strict=True)]:
         assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+@pytest.mark.parametrize(("of_x", "of_alpha"), [((7, 5), (5,)), ((7, 5), (3, 1, 5)), ((3, 7, 5), (3, 1, 5))], ids=str)
+def test_second_derivatives_of_the_activation(
+    of_x: tuple[int, ...], of_alpha: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    # wide enough for both ends of the logistic function
+    x = (20.0 * torch.randn(of_x, dtype=dtype)).requires_grad_(True)
+    alpha, beta = (torch.randn(of_alpha, dtype=dtype, requires_grad=True) for _ in range(2))
+    results = []
+    for form in (lambda x, a, b: a * x * torch.sigmoid(b * x), Swish.apply):
+        y = form(x, alpha, beta)
+        torch.manual_seed(1)
+        (first,) = torch.autograd.grad((y * torch.randn_like(y) + 0.1 * y**2).sum(), x, create_graph=True)
+        loss = (first * torch.randn_like(first)).sum() + first.square().sum() + y.square().sum()
+        results.append([z.detach() for z in (y, first, *torch.autograd.grad(loss, (x, alpha, beta)))])
+    for expected, found in zip(*results, strict=True):
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@needs_compiler
+def test_the_activation_lets_nan_through() -> None:
+    x = torch.tensor([[float("nan"), 1.0, 1e30, -1e30]])
+    y = Swish.apply(x, torch.ones(4), torch.ones(4))
+    assert bool(y[0, 0].isnan()) and y[0, 2:].tolist() == [pytest.approx(1e30), pytest.approx(0.0, abs=1e-6)]
 
 
 @needs_compiler
