@@ -97,7 +97,9 @@ def read_collection(path: str | Path) -> CollectionRecipe:
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError(f"a YAML recipe needs PyYAML ({error}); install it with: pip install 'openmm-mlff[label]'") from error
+        raise ImportError(
+            f"a YAML recipe needs PyYAML ({error}); install it with: pip install 'openmm-mlff[label]'"
+        ) from error
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
