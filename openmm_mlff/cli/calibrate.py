@@ -83,9 +83,9 @@ def _show(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     factors = result["factors"]
-    table = Table(title="force errors and spreads on the test split")
-    table.add_column("")
-    for column in ("frames", "RMS error (eV/Å)", "RMS spread x factor", "area", "with factor", "Spearman", "flagged"):
+    table = Table(title="force errors and spreads on the test split (root mean squares in eV/Å)")
+    table.add_column("", no_wrap=True)
+    for column in ("frames", "error", "spread\nrescaled", "area", "area\nrescaled", "rank\ncorr.", "flagged"):
         table.add_column(column, justify="right")
     for row, frames in zip(result["forces"]["rows"], result["frames"]["rows"], strict=True):
         table.add_row(
@@ -98,7 +98,9 @@ def _show(result: Mapping[str, Any]) -> None:
             "-" if row["spearman"] is None else f"{row['spearman']:.2f}",
             "-" if frames["flagged"] is None else f"{100 * frames['flagged']:.0f} %",
         )
-    table.caption = "flagged: of the worst 5 % of the frames, at 20 % false alarms"
+    table.caption = (
+        "area: miscalibration; rank corr.: Spearman; flagged: of the worst 5 % of frames at 20 % false alarms"
+    )
     console = Console()
     console.print(table)
     console.print(
