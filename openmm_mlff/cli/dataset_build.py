@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openmm_mlff.sampling.collection_systems import System
 
 BUILD_HELP = "make a dataset of many molecules from a recipe (YAML)"
 SELECT_HELP = "make the next round of a dataset: label the frames that an ensemble is unsure of"
@@ -17,7 +21,7 @@ def add_build(actions: Any) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("output", type=Path, help="folder of the dataset; a second run goes on with what is missing")
     parser.add_argument("--processes", "-j", type=int, default=1, help="at once, one thread each (default: 1)")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only systems of these classes")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="make only these classes now")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of each system's structures, to try (default: 1)"
     )
@@ -92,22 +96,19 @@ def run_build(args: argparse.Namespace) -> int:
     from openmm_mlff.sampling.collection_build import build_collection
     from openmm_mlff.sampling.collection_recipe import read_collection
 
-    recipe = read_collection(args.recipe)
-    if args.classes:
-        recipe = recipe.of_classes(args.classes)
-    recipe = recipe.scaled(args.scale)
+    recipe = read_collection(args.recipe).scaled(args.scale)
     if args.plan:
-        _print_plan(recipe)
+        _print_plan(recipe.of_classes(args.classes))
         return 0
-    dataset = build_collection(recipe, args.output, args.processes, not args.no_progress)
+    dataset = build_collection(recipe, args.output, args.processes, not args.no_progress, args.classes)
     print(markdown(dataset.card))
     return 0
 
 
-def _print_plan(recipe: Any) -> None:
+def _print_plan(systems: Sequence[System]) -> None:
     """Systems and structures by family and split."""
     families: dict[str, dict[str, int]] = {}
-    for system in recipe.systems:
+    for system in systems:
         row = families.setdefault(system.family, {"systems": 0, "train": 0, "valid": 0, "test": 0})
         row["systems"] += 1
         row[system.split] += system.frames

@@ -33,18 +33,24 @@ def build_collection(
     output: str | Path,
     processes: int = 1,
     progress: bool = True,
+    classes: Sequence[str] = (),
 ) -> Dataset:
     """Make the systems whose shards are not there yet, and write the data card (``card.json`` and ``card.md``).
 
-    Raises `ValueError` for a folder that was begun with another name, seed or method, `ImportError` if a program is
-    missing, and `LabelError` if not one structure could be made; single failures are in ``failures.jsonl`` and in the
-    card.
+    Args:
+        processes: systems at once, one thread each.
+        classes: make only systems that are built as one of these; what is there of others stays.
+
+    Raises `ValueError` for a folder that was begun with another name, seed, scale or method, or a class that the recipe
+    has not; `ImportError` if a program is missing, and `LabelError` if not one structure could be made. Single failures
+    are in ``failures.jsonl`` and in the card.
     """
     recipe.method.check()
+    tasks = {f"{s.name}-{s.digest}": s for s in recipe.of_classes(classes)}
     output = Path(output)
-    claim_folder(output, {"recipe": recipe.name, "seed": recipe.seed, "method": recipe.method.describe()})
-    tasks = {f"{s.name}-{s.digest}": s for s in recipe.systems}
-    _set_stale_aside(output, set(tasks))
+    configuration = {"recipe": recipe.name, "seed": recipe.seed, "scale": recipe.scale}
+    claim_folder(output, {**configuration, "method": recipe.method.describe()})
+    _set_stale_aside(output, {f"{s.name}-{s.digest}" for s in recipe.systems})
     outcome = run_tasks(
         {name: (system, recipe.method) for name, system in tasks.items()},
         make_system,
@@ -64,7 +70,11 @@ def build_collection(
 
 
 def finish_collection(output: Path, recipe: CollectionRecipe, failed: dict[str, str]) -> Dataset:
-    """Write the cards of a folder whose shards are there; `failed` names systems without a shard, with the reason."""
+    """Write the cards of a folder whose shards are there; `failed` names systems without a shard, with the reason.
+
+    Rounds that an earlier card lists stay listed.
+    """
+    rounds = Dataset(output).card.get("rounds", [])
     splits: dict[str, list[str]] = defaultdict(list)
     present = set(Dataset(output).groups)
     for group, split in {s.group: s.split for s in recipe.systems}.items():
@@ -74,12 +84,19 @@ def finish_collection(output: Path, recipe: CollectionRecipe, failed: dict[str, 
         output,
         name=recipe.name,
         method=recipe.method,
-        sampling={"recipe": recipe.table, "systems": len(recipe.systems), "versions": _versions()},
+        sampling={
+            "recipe": recipe.table,
+            "scale": recipe.scale,
+            "systems": len(recipe.systems),
+            "versions": _versions(),
+        },
         splits=splits,
         seed=recipe.seed,
         failed_tasks=failed,
     )
     dataset.card["collection"] = collection_summary(dataset)
+    if rounds:
+        dataset.card["rounds"] = rounds
     write_atomically(output / "card.json", (json.dumps(dataset.card, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(output / "card.md", markdown(dataset.card).encode())
     return Dataset(output)

@@ -61,28 +61,34 @@ _RANDOM = ("families", "test", "valid", "seed")
 
 @dataclass(frozen=True)
 class CollectionRecipe:
-    """A recipe that has been read: `table` as it stands in the file, and what follows from it."""
+    """A recipe that has been read: `table` as it stands in the file, and what follows from it.
+
+    Attributes:
+        systems: all of them, in a shuffled order. method: drives and labels.
+        scale: share of the frames that the file asks for.
+    """
 
     name: str
     seed: int
     table: Mapping[str, Any]
     systems: tuple[System, ...]
     method: ReferenceMethod
+    scale: float = 1.0
 
     def scaled(self, fraction: float) -> CollectionRecipe:
         """The same systems with a fraction of their frames, at least one. Raises `ValueError` outside (0, 1]."""
         if not 0.0 < fraction <= 1.0:
             raise ValueError(f"scale: expected a fraction above 0 and up to 1, got {fraction!r}")
         systems = tuple(replace(s, frames=max(1, round(s.frames * fraction))) for s in self.systems)
-        return replace(self, systems=systems)
+        return replace(self, systems=systems, scale=self.scale * fraction)
 
-    def of_classes(self, classes: Sequence[str]) -> CollectionRecipe:
-        """Only systems that were built as one of some classes. Raises `ValueError` for a class without systems."""
+    def of_classes(self, classes: Sequence[str]) -> tuple[System, ...]:
+        """Systems that were built as one of some classes (none named: all). Raises `ValueError` for an unknown one."""
         known = sorted({s.built_class for s in self.systems})
         for name in classes:
             if name not in known:
                 raise ValueError(f"classes: the recipe has no {name!r}; {near(name, known)}")
-        return replace(self, systems=tuple(s for s in self.systems if s.built_class in classes))
+        return tuple(s for s in self.systems if not classes or s.built_class in classes)
 
 
 def read_collection(path: str | Path) -> CollectionRecipe:

@@ -259,10 +259,11 @@ def select_frames(
     common: dict[str, Any] = {"log": output / "failures.jsonl", "processes": processes, "progress": progress}
     names = {f"trajectory-{k:05d}": (start, committee, settings, k) for k, start in enumerate(starts)}
     outcome = run_tasks(names, explore, output / "candidates", title="trajectories", **common)
-    missing = [task for task in names if task in outcome.failed]
-    if missing:
-        raise LabelError(f"{missing[0]}: {outcome.failed[missing[0]]}")
-    candidates = [Candidates.read(output / "candidates" / f"{task}.safetensors") for task in names]
+    lost = {task: outcome.failed[task] for task in names if task in outcome.failed}
+    if len(lost) == len(names):
+        raise LabelError(f"not one of {len(names)} trajectories could be run; the first reason: {min(lost.values())}")
+    starts = [start for task, (start, *_) in names.items() if task not in lost]
+    candidates = [Candidates.read(output / "candidates" / f"{task}.safetensors") for task in names if task not in lost]
     taken, threshold = choose(starts, candidates, settings)
     if not taken:
         raise LabelError(f"not one frame of {len(starts)} trajectories reached a spread of {threshold:.3g} eV/angstrom")
@@ -278,7 +279,7 @@ def select_frames(
         sampling=configuration,
         splits={"train": sorted({s.group for s in chosen})},
         seed=settings.seed,
-        failed_tasks={task: error for task, error in labels.failed.items() if task in blocks},
+        failed_tasks=lost | {task: error for task, error in labels.failed.items() if task in blocks},
     )
     dataset.card["round"] = {
         **dict(round_of or {}),

@@ -261,15 +261,20 @@ def test_a_second_run_makes_only_what_is_missing_or_changed(built: tuple[Path, D
     untouched = [name for name in after if name.startswith(("far", "contact", "pulled"))]
     assert untouched and all(after[name] == before[name] for name in untouched)
     assert {s.info["split"] for s in again if s.group == "small-methylene"} == {"train"}
+    some = build_collection(collection_from_table(grown), folder, progress=False, classes=["carbene"])
+    assert {p.name: p.read_bytes() for p in some.shards} == {name: data for name, (_, data) in after.items()}
     with pytest.raises(ValueError, match="seed"):
         build_collection(collection_from_table(changed(seed=6)), folder, progress=False)
+    with pytest.raises(ValueError, match="scale"):
+        build_collection(collection_from_table(grown).scaled(0.5), folder, progress=False)
 
 
 def test_scale_and_classes_choose_a_part() -> None:
     recipe = collection_from_table(TABLE)
     assert sum(s.frames for s in recipe.scaled(0.5).systems) < sum(s.frames for s in recipe.systems)
     assert all(s.frames >= 1 for s in recipe.scaled(0.01).systems)
-    assert {s.built_class for s in recipe.of_classes(["carbene"]).systems} == {"carbene"}
+    assert {s.built_class for s in recipe.of_classes(["carbene"])} == {"carbene"}
+    assert recipe.of_classes([]) == recipe.systems
     with pytest.raises(ValueError, match="scale"):
         recipe.scaled(1.5)
     with pytest.raises(ValueError, match="classes: the recipe has no 'carben'"):

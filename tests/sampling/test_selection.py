@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.reference import LabelError, TBLite
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential, save_potential
+from openmm_mlff.sampling import selection
 from openmm_mlff.sampling.collection_build import build_collection
 from openmm_mlff.sampling.collection_recipe import collection_from_table
 from openmm_mlff.sampling.collection_rounds import method_of, select_round, starts_of
 from openmm_mlff.sampling.selection import Candidates, Committee, SelectionSettings, choose, collided, select_frames
+from openmm_mlff.sampling.thermal import dynamics
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 
 QUICK = {"conformers": 1, "trajectory": 2, "stride": 2, "discard": 2, "relax": 20, "shares": {"rattle": 1.0}}
@@ -126,7 +130,8 @@ def test_a_committee_drives_with_the_mean_of_its_members(members: list[Path]) ->
 
 
 def test_a_round_labels_what_the_members_disagree_on(dataset: Dataset, members: list[Path], tmp_path: Path) -> None:
-    made = select_round(dataset.path, members, tmp_path / "round-1", SETTINGS, starts=4, progress=False)
+    data = shutil.copytree(dataset.path, tmp_path / "data")
+    made = select_round(data, members, tmp_path / "round-1", SETTINGS, starts=4, progress=False)
     assert 0 < len(made) <= 4
     trained = set(dataset.splits["train"])
     for s in made:
@@ -142,8 +147,10 @@ def test_a_round_labels_what_the_members_disagree_on(dataset: Dataset, members: 
     entry = made.card["round"]
     assert entry["structures"] == len(made) and entry["trajectories"] == 4 and entry["candidates"] == 16
     assert [m["sha256"] for m in entry["models"]] == [sha256_of(file) for file in members]
-    (listed,) = Dataset(dataset.path).card["rounds"]
+    (listed,) = Dataset(data).card["rounds"]
     assert listed["name"] == "round-1" and listed["card_sha256"] == sha256_of(tmp_path / "round-1" / "card.json")
+    # building the dataset again keeps what its card says of rounds
+    assert build_collection(collection_from_table(TABLE), data, progress=False).card["rounds"] == [listed]
 
 
 def test_a_round_goes_on_where_it_stopped(dataset: Dataset, members: list[Path], tmp_path: Path) -> None:
@@ -168,6 +175,23 @@ def test_a_nonsensical_start_ends_its_trajectory_and_is_counted(members: list[Pa
         select_frames([water("a"), water("b")], committee, TBLite(), tmp_path, strict, progress=False)
     found = Candidates.read(tmp_path / "candidates" / "trajectory-00000.safetensors")
     assert len(found.spreads) == 0 and "members disagree" in found.ended
+
+
+def test_a_trajectory_that_fails_is_noted_and_the_others_go_on(
+    members: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
+
+    def sometimes(start: Structure, *arguments: Any, **options: Any) -> Iterator[np.ndarray]:
+        if start.group == "b":
+            raise ValueError("no trajectory for b")
+        return dynamics(start, *arguments, **options)
+
+    monkeypatch.setattr(selection, "dynamics", sometimes)
+    committee = Committee(tuple(map(str, members)))
+    made = select_frames([water("a"), water("b")], committee, TBLite(), tmp_path, SETTINGS, progress=False)
+    assert set(made.groups) == {"a"} and made.card["failures"]["count"] == 1
+    assert "no trajectory for b" in (tmp_path / "failures.jsonl").read_text(encoding="utf-8")
 
 
 def test_starts_cover_the_groups_in_turn(dataset: Dataset) -> None:
