@@ -32,10 +32,11 @@ CLASSES = (
     "bond stretch",
     "radical",
     "triplet",
+    "singlet diradical",
     "carbene",
 )
 #: classes whose reference values are those of open shells, or may be.
-OPEN_SHELL = ("radical", "triplet", "carbene")
+OPEN_SHELL = ("radical", "triplet", "singlet diradical", "carbene")
 #: a hydrogen is shared if it is this close (angstrom) to being as near to another heavy atom, radii taken off
 SHARED = 0.3
 #: charges this many bonds apart cancel: resonance structures and tautomers (nitro, carboxyl, imidazole), no zwitterions
@@ -155,14 +156,18 @@ def _without_resonance(charges: np.ndarray, bonds: np.ndarray) -> np.ndarray:
     return charges
 
 
-def class_of_frame(built: str, topology: Topology, positions: np.ndarray) -> tuple[str, str]:
+def class_of_frame(
+    built: str, topology: Topology, positions: np.ndarray, multiplicity: int | None = None
+) -> tuple[str, str]:
     """Class and protonation state of a frame of something that was built as class `built`.
 
-    Only classes that name a protonation state change: a zwitterion or an ion pair with a hydrogen under way is a
+    A triplet in its singlet state (`multiplicity` 1) is a singlet diradical. Otherwise only classes that name a protonation state change: a zwitterion or an ion pair with a hydrogen under way is a
     "proton transfer", one without charges of both signs a neutral molecule, an ion, or hydrogen bonded. A neutral
     molecule that has charges of both signs is a zwitterion, and hydrogen-bonded molecules that have are an ion pair.
     """
     found = protonation(topology, positions)
+    if built == "triplet" and multiplicity == 1:
+        return "singlet diradical", found.state
     if built in ("zwitterion", "ion pair") and found.state == "shared":
         return "proton transfer", found.state
     if built == "zwitterion" and not found.opposite:

@@ -70,6 +70,7 @@ def make_part(name: str, smiles: str, conformers: int = 1, seed: int = 1, multip
     Raises `ValueError` for a SMILES that cannot be read or embedded, or an impossible multiplicity.
     """
     chem = require_rdkit()
+    from rdkit import rdBase
     from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
     molecule = chem.AddHs(_read(smiles))
@@ -79,11 +80,13 @@ def make_part(name: str, smiles: str, conformers: int = 1, seed: int = 1, multip
     parameters = rdDistGeom.ETKDGv3()
     parameters.randomSeed = seed % 2**31
     parameters.useRandomCoords = True
-    identifiers = list(rdDistGeom.EmbedMultipleConfs(molecule, conformers, parameters))
-    if not identifiers:
-        raise ValueError(f"smiles: no conformer of {name} ({smiles}) could be embedded")
-    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
-        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(molecule, maxIters=500)
+    # ions and radicals have no parameters in its force fields, and it says so for every one
+    with rdBase.BlockLogs():
+        identifiers = list(rdDistGeom.EmbedMultipleConfs(molecule, conformers, parameters))
+        if not identifiers:
+            raise ValueError(f"smiles: no conformer of {name} ({smiles}) could be embedded")
+        if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
+            rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(molecule, maxIters=500)
     atoms = list(molecule.GetAtoms())
     unpaired = sum(atom.GetNumRadicalElectrons() for atom in atoms)
     part = Part(

@@ -362,14 +362,14 @@ def make_system(argument: tuple[System, ReferenceMethod], path: Path) -> dict[st
             if not largest < system.sampling.largest_force:
                 failures[f"frame {k}"] = f"a force of {largest:.0f} eV/angstrom, more than largest_force"
                 continue
-            labelled.append(made.replace(info=_info(system, sampler.topology, frame)))
+            labelled.append(made.replace(info=_info(system, sampler.topology, frame, multiplicity)))
     failures = {**sampler.failures, **failures}
     write_shard(path, labelled, failures or ({} if labelled else {"frames": "no frame could be made"}))
     return failures
 
 
-def _info(system: System, topology: Topology, frame: Frame) -> dict[str, Any]:
-    found, state = class_of_frame(system.built_class, topology, frame.positions)
+def _info(system: System, topology: Topology, frame: Frame, multiplicity: int) -> dict[str, Any]:
+    found, state = class_of_frame(system.built_class, topology, frame.positions, multiplicity)
     info: dict[str, Any] = {"class": found, "split": system.split, "family": system.family, **frame.info}
     if system.held_out:
         info["held_out"] = system.held_out

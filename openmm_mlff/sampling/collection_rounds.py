@@ -124,7 +124,7 @@ def _reclassify(made: Dataset, card: Mapping[str, Any]) -> None:
             system = systems[s.group]
             if s.group not in topologies:
                 topologies[s.group] = Sampler(system, method).topology
-            found, state = class_of_frame(system.built_class, topologies[s.group], s.positions)
+            found, state = class_of_frame(system.built_class, topologies[s.group], s.positions, s.multiplicity)
             info = {**s.info, "class": found}
             info.pop("built_as", None)
             if found != system.built_class:

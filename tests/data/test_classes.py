@@ -74,6 +74,12 @@ def test_formal_charges_of_ions_add_up_to_the_charge() -> None:
         assert found.formal_charges.sum() == charge
 
 
+def test_the_singlet_of_a_triplet_has_a_class_of_its_own() -> None:
+    part = make_part("oxygen", "[O][O]")
+    states = [class_of_frame("triplet", Topology.of([part]), part.conformers[0], m)[0] for m in (1, 3)]
+    assert states == ["singlet diradical", "triplet"]
+
+
 def test_unknown_classes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'zwiterion'.*zwitterion"):
         check_class("zwiterion")

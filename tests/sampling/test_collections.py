@@ -175,7 +175,7 @@ def test_no_molecule_of_the_test_set_is_in_the_training_set_of_the_shipped_recip
     alone = {s.parts[0].key for s in recipe.systems if s.split == "test" and s.kind == "molecule"}
     assert not alone & keys["train"]
     tested = {s.built_class for s in recipe.systems if s.split == "test"}
-    assert tested == set(CLASSES) - {"proton transfer"}
+    assert tested == set(CLASSES) - {"proton transfer", "singlet diradical"}
     frames = sum(s.frames for s in recipe.systems)
     assert frames > 20000
     from rdkit import Chem
