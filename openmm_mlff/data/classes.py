@@ -161,9 +161,10 @@ def class_of_frame(
 ) -> tuple[str, str]:
     """Class and protonation state of a frame of something that was built as class `built`.
 
-    A triplet in its singlet state (`multiplicity` 1) is a singlet diradical. Otherwise only classes that name a protonation state change: a zwitterion or an ion pair with a hydrogen under way is a
-    "proton transfer", one without charges of both signs a neutral molecule, an ion, or hydrogen bonded. A neutral
-    molecule that has charges of both signs is a zwitterion, and hydrogen-bonded molecules that have are an ion pair.
+    A triplet in its singlet state (`multiplicity` 1) is a singlet diradical. Otherwise only classes that name a
+    protonation state change: a zwitterion or an ion pair with a hydrogen under way is a "proton transfer", one without
+    charges of both signs a neutral molecule, an ion, or hydrogen bonded. A neutral molecule that has charges of both
+    signs is a zwitterion, and hydrogen-bonded molecules that have are an ion pair.
     """
     found = protonation(topology, positions)
     if built == "triplet" and multiplicity == 1:
