@@ -18,9 +18,10 @@ def overrides(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def set_options(content: dict[str, Any], assignments: Sequence[str]) -> None:
-    """Put ``NAME=VALUE`` texts into a recipe's tables; names without a dot are options of the family's own trainer.
+def set_options(content: dict[str, Any], assignments: Sequence[str], own_trainer: bool = True) -> None:
+    """Put ``NAME=VALUE`` texts into a recipe's tables.
 
+    Names without a dot are options of the family's trainer if it has one of its own, or else of the recipe itself.
     Values are JSON, or lists with commas, or else texts. Raises `ValueError` for a text without ``=``.
     """
     for assignment in assignments:
@@ -28,6 +29,9 @@ def set_options(content: dict[str, Any], assignments: Sequence[str]) -> None:
         if not equals or not name:
             raise ValueError(f"--set: expected NAME=VALUE, got {assignment!r}")
         section, dot, key = name.partition(".")
+        if not dot and not own_trainer:
+            content[name] = _value(text)
+            continue
         table = content.setdefault(section if dot else "trainer", {})
         if not isinstance(table, dict):
             raise ValueError(f"--set: {section!r} is no table of the recipe, in {assignment!r}")

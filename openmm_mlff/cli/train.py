@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any option of the recipe, such as model.num_modules=2 or data.block_size=100, or of a trainer of the "
-        "family's own, such as sigma=10,20,30 and n_train=200 for gdml; may be repeated",
+        help="any option of the recipe, such as model.num_modules=2, data.block_size=100 or processes=2, or of a "
+        "trainer of the family's own, such as sigma=10,20,30 and n_train=200 for gdml; may be repeated",
     )
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch-size", type=int, help="structures per step")
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         content: dict[str, Any] = Recipe.read(args.config).to_dict() if args.config else Recipe().to_dict()
         content |= given
         content["loop"] = content["loop"] | loop | ({"seed": args.seed} if args.seed is not None else {})
-        set_options(content, args.set)
+        set_options(content, args.set, find_family(str(content["family"])).trainer is not None)
         recipe = Recipe.from_dict(content)
     card = {"name": args.name} if args.name else {}
     if of_many or args.members is not None:

@@ -192,6 +192,14 @@ def test_two_devices_train_what_two_processes_train(run: Path) -> None:
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
 
 
+def test_options_of_the_recipe_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(run, "set", "--set", "batch_atoms=9", "--set", "loop.steps=1")) == 0
+    recipe = json.loads((run / "set" / "config.json").read_text(encoding="utf-8"))["recipe"]
+    assert recipe["batch_atoms"] == 9 and recipe["trainer"] == {}
+    assert main(command(run, "set2", "--set", "proceses=2")) == 1
+    assert "no option is called 'proceses'; did you mean 'processes'" in capsys.readouterr().err
+
+
 def test_a_run_in_pieces(run: Path) -> None:
     assert main(command(run, "pieces", "--time-limit", "0")) == 130
     assert main(command(run, "pieces", "--resume", config=False)) == 0
