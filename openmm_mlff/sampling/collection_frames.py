@@ -286,15 +286,15 @@ class Sampler:
             rng = self.rng(f"scan {k}")
             distance = distances[k % len(distances)]
             temperature = self.options.temperatures[k % len(self.options.temperatures)]
-            shapes = [self._thermal(n, k, temperature, rng) for n in range(len(self.parts))]
             try:
+                shapes = [self._thermal(n, k, temperature, rng) for n in range(len(self.parts))]
                 if self.system.kind == "stretch":
                     positions = self._stretched(shapes[0], distance)
                 elif self.system.kind == "apart":
                     positions = self._apart(shapes, distance, rng)
                 else:
                     positions = self._pair(shapes, distance, rng)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 self.failures[f"scan {k}"] = str(error)
                 continue
             yield Frame(positions, {"source": "scan", "temperature": temperature, "distance": distance})
