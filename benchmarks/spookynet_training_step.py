@@ -26,11 +26,12 @@ from rich.table import Table
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.training.batching import LabelledBatch, LabelledSet
 from openmm_mlff.training.force_matching import batch_loss
+from openmm_mlff.training.losses import LossWeights
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 
 BATCH_ATOMS = 512
 DENSITY = 0.095  # atoms per cubic angstrom
-LOCAL: dict[str, Any] = {"attention": "none", "charge_conservation": "local", "embed_after": 1}
+LOCAL: dict[str, Any] = {"attention": "none", "charge_conservation": "shared", "embed_after": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "published, F 64, T 3": {"num_features": 64, "num_modules": 3},
     "local, F 64, T 3": {"num_features": 64, "num_modules": 3, **LOCAL},
@@ -76,7 +77,7 @@ def measure(options: dict[str, Any], sizes: list[int], rounds: int) -> dict[str,
     model = SpookyNet(SpookyNetConfig(elements=(1, 6, 7, 8), **options)).train()
     structures = [gas(n, seed) for seed, n in enumerate(sizes)]
     labelled = LabelledSet(structures, model).batch(range(len(structures)))
-    weights = torch.tensor([1.0, 1.0, 0.05, 0.0])
+    weights = LossWeights(1.0, 1.0, 0.05).tensor(torch.float32, model.device)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for k in range(rounds + 1):
         for native in seconds:

@@ -25,6 +25,8 @@ class Prediction:
         energy: ``(n_structures,)`` eV; float64 where sums over atoms would lose digits in the model's precision.
         charges: ``(n_atoms,)`` e, or None. dipole: ``(n_structures, 3)`` e*angstrom, or None.
         spread: uncertainty of the energy, ``(n_structures,)`` eV, or None.
+        surplus: what the network's own charges lacked of the total charge before they were shifted, ``(n_structures,)``
+            e, where they are; or None.
         terms: named parts of the energy, each ``(n_structures,)`` eV, where the family has them.
     """
 
@@ -32,6 +34,7 @@ class Prediction:
     charges: Tensor | None = None
     dipole: Tensor | None = None
     spread: Tensor | None = None
+    surplus: Tensor | None = None
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.potential import Evaluation, Potential, energy_forces
 from openmm_mlff.training.batching import EVALUATION_ATOMS, LabelledBatch, LabelledSet
 from openmm_mlff.training.compiled_loss import LossFunction
-from openmm_mlff.training.losses import TERMS, LossWeights, weighted_loss
+from openmm_mlff.training.losses import ALL_TERMS, TERMS, LossWeights, weighted_loss
 from openmm_mlff.training.parallel import ParallelLoss, make_loss
 
 
@@ -122,7 +122,7 @@ class ForceMatching:
             if self._single is None:
                 self._single = make_loss(module, batch_loss, self._compile)
             total, terms = self._single(model, self.train_set.batch(indices), weights)
-        return total, dict(zip(TERMS, terms, strict=True))
+        return total, dict(zip(ALL_TERMS, terms, strict=True))
 
     def close(self) -> None:
         """End the processes that share the work, if there are any."""

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from openmm_mlff.potentials.potential import Evaluation
 
-#: names of the terms, in the order of `LossWeights.tensor`
+#: names of the terms that compare with labels
 TERMS = ("energy", "forces", "dipole", "charges")
+#: names of all terms, in the order of `LossWeights.tensor`
+ALL_TERMS = (*TERMS, "surplus")
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,18 @@ class LossWeights:
         forces: of the mean square of force components, angstrom^2/eV^2.
         dipole: of the mean square of dipole components, 1/(e*angstrom)^2; it trains the charges.
         charges: of the mean square of atomic charges, 1/e^2 (reference charges depend on the partitioning).
+        surplus: of the mean square of `Prediction.surplus`, 1/e^2: what a network's own charges lack of the total. Only
+            structures of several molecules far apart can teach it otherwise.
     """
 
     energy: float = 1.0
     forces: float = 1.0
     dipole: float = 0.0
     charges: float = 0.0
+    surplus: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in TERMS:
+        for name in ALL_TERMS:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
         if not any(getattr(self, name) > 0 for name in TERMS):
@@ -51,7 +56,7 @@ class LossWeights:
             return self
         progress = min(max(progress, 0.0), 1.0)
         mixed = {}
-        for name in TERMS:
+        for name in ALL_TERMS:
             start, end = getattr(self, name), getattr(final, name)
             if start > 0 and end > 0:
                 mixed[name] = start * (end / start) ** progress
@@ -60,7 +65,7 @@ class LossWeights:
         return LossWeights(**mixed)
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``(4,)`` in the order of `TERMS`."""
+        """``(5,)`` in the order of `ALL_TERMS`."""
         return torch.tensor(dataclasses.astuple(self), dtype=dtype, device=device)
 
 
@@ -90,7 +95,7 @@ def mean_square(prediction: Tensor, reference: Tensor, scale: Tensor | None = No
 
 
 def loss_terms(prediction: Evaluation, labels: Labels, counts: Tensor) -> Tensor:
-    """The unweighted terms, ``(4,)`` in the order of `TERMS`; 0 where labels or predictions are missing.
+    """The unweighted terms, ``(5,)`` in the order of `ALL_TERMS`; 0 where labels or predictions are missing.
 
     Args:
         counts: atoms per structure, ``(n_structures,)``.
@@ -103,10 +108,12 @@ def loss_terms(prediction: Evaluation, labels: Labels, counts: Tensor) -> Tensor
             terms.append(prediction.energy.new_zeros(()))
         else:
             terms.append(mean_square(predicted, reference, scale.get(name)))
-    return torch.stack(terms)
+    surplus = prediction.surplus
+    terms.append(prediction.energy.new_zeros(()) if surplus is None else surplus.square().mean())
+    return torch.stack([term.to(terms[0].dtype) for term in terms])
 
 
 def weighted_loss(prediction: Evaluation, labels: Labels, counts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The scalar to minimise, and its unweighted terms ``(4,)``, detached."""
+    """The scalar to minimise, and its unweighted terms ``(5,)``, detached."""
     terms = loss_terms(prediction, labels, counts)
     return (weights * terms).sum(), terms.detach()

@@ -27,8 +27,10 @@ class SpookyNetConfig:
         attention: 'all' atoms of a structure attend to one another (as published), or 'none' do. Attention has no
             distance in it, so that with 'all' the energy of a molecule depends on what is far away.
         charge_conservation: how charges get the total Q. 'uniform' (as published) spreads what is missing over all
-            atoms, also between fragments that are far apart. 'local' lets neighbours exchange charge, so that each of
-            separated fragments keeps a sum of zero, and adds Q in shares that the network learns.
+            atoms, also between fragments that are far apart. 'shared' spreads it in shares that the network learns, so
+            that ions can take what is missing and molecules that are neutral of themselves nothing. 'local' lets
+            neighbours exchange charge, so that each of separated fragments keeps a sum of zero, and adds Q in learned
+            shares; a system with Q = 0 then falls into neutral fragments only, not into ions.
         embed_after: modules before the embedding of charge and spin enters; 0 as published. The embedding is dealt out
             to the atoms by what they know: nothing but their element with 0, their surroundings too with 1 or more
             (and then by a softmax, so that an ion can have all of it and waters around none).
@@ -83,11 +85,12 @@ class SpookyNetConfig:
         choices = {
             "activation": ("swish", "ssp"),
             "attention": ("all", "none"),
-            "charge_conservation": ("uniform", "local"),
+            "charge_conservation": ("uniform", "shared", "local"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
+                expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         if not 0 <= self.embed_after < self.num_modules:
             raise ValueError(
                 f"embed_after: expected 0 to num_modules - 1 = {self.num_modules - 1}, got {self.embed_after!r}"

@@ -136,6 +136,7 @@ class SpookyNet(Potential):
     As published, the energy of a molecule depends on what else there is, however far away. With ``attention='none'``
     and ``charge_conservation='local'`` neutral singlets far apart have the sum of their energies, and their Coulomb
     interaction; ``embed_after=1`` lets the network learn which of them a total charge and unpaired electrons belong to.
+    Ions far apart whose charges add up to zero need ``charge_conservation='shared'``.
     """
 
     family = "spookynet"
@@ -178,8 +179,8 @@ class SpookyNet(Potential):
         self.radial_basis = ExponentialBernstein(c.num_basis_functions, c.exp_weighting)
         self.angular = AngularFunctions(c.use_irreps)
         self.interactions = nn.ModuleList(InteractionModule(c) for _ in range(c.num_modules))
-        # e_i, q_i; with local conservation e_i, how much charge neighbours draw from i, and the logarithm of i's share
-        self.output = nn.Linear(features, 3 if c.charge_conservation == "local" else 2, bias=False)
+        # e_i, q_i (with local conservation, how much charge neighbours draw from i), and the logarithm of i's share
+        self.output = nn.Linear(features, 2 if c.charge_conservation == "uniform" else 3, bias=False)
         nn.init.zeros_(self.output.weight)
         self.element_bias = nn.Parameter(torch.zeros(Z_MAX + 1, self.output.out_features))
 
@@ -229,25 +230,28 @@ class SpookyNet(Potential):
         f = self.descriptor(batch, fixed["messages"], geometry)
         # energies are summed in float64: a float32 sum of hundreds of eV loses more than the network does
         e, *q = (linear(f.double(), self.output.weight.double()) + fixed["bias"]).unbind(-1)
-        charges = self.atomic_charges([x.to(f.dtype) for x in q], batch, geometry)
+        charges, surplus = self.atomic_charges([x.to(f.dtype) for x in q], batch, geometry)
         terms = {"network": batch.sum_by_structure(e)}
         if self.repulsion is not None:
             z = batch.numbers.double()
             terms["repulsion"] = batch.sum_by_structure(self.repulsion(z, geometry.r, geometry.f, geometry.index))
         terms.update(self.long_range_terms(batch, fixed, charges))
         dipole = batch.sum_by_structure(charges[:, None] * batch.positions)
-        return Prediction(torch.stack(list(terms.values())).sum(0), charges, dipole, terms=terms)
+        return Prediction(torch.stack(list(terms.values())).sum(0), charges, dipole, surplus=surplus, terms=terms)
 
-    def atomic_charges(self, outputs: list[Tensor], batch: Batch, g: Geometry) -> Tensor:
-        """Charges that add up to the total charge of each structure, ``(n_atoms,)`` e, from the network's outputs."""
-        if self.config.charge_conservation == "uniform":
-            (q,) = outputs
-            surplus = (batch.charge - batch.sum_by_structure(q)) / batch.counts
-            return q + batch.per_atom(surplus)
-        # q_i = sum_j f(r_ij) (c_j - c_i) + Q softmax(s)_i: what i gains its neighbours lose
-        c, s = outputs
-        exchanged = (g.f.to(c.dtype) * (c[g.index] - c[:, None])).sum(1)
-        return exchanged + batch.per_atom(batch.charge) * softmax_by_structure(s, batch)
+    def atomic_charges(self, outputs: list[Tensor], batch: Batch, g: Geometry) -> tuple[Tensor, Tensor | None]:
+        """Charges that add up to the total of each structure, ``(n_atoms,)`` e, and what had to be added for that,
+        ``(n_structures,)`` e, from the network's outputs."""
+        if self.config.charge_conservation == "local":
+            # q_i = sum_j f(r_ij) (c_j - c_i) + Q softmax(s)_i: what i gains its neighbours lose
+            c, s = outputs
+            exchanged = (g.f.to(c.dtype) * (c[g.index] - c[:, None])).sum(1)
+            return exchanged + batch.per_atom(batch.charge) * softmax_by_structure(s, batch), None
+        q = outputs[0]
+        surplus = batch.charge - batch.sum_by_structure(q)
+        if self.config.charge_conservation == "shared":
+            return q + batch.per_atom(surplus) * softmax_by_structure(outputs[1], batch), surplus
+        return q + batch.per_atom(surplus / batch.counts), surplus
 
     def geometry(self, batch: Batch) -> Geometry:
         """Distances, radial and angular functions of every atom's neighbourhood."""

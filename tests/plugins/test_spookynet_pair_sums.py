@@ -13,6 +13,7 @@ from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials import native
 from openmm_mlff.training.batching import LabelledSet
 from openmm_mlff.training.force_matching import batch_loss
+from openmm_mlff.training.losses import LossWeights
 from openmm_spookynet import SpookyNet, SpookyNetConfig, pair_kernel
 from openmm_spookynet.activation_kernel import Swish
 from openmm_spookynet.pair_kernel import PairSumsKernel
@@ -174,7 +175,7 @@ def test_training_with_the_kernel_follows_the_same_gradient(one_thread: None) ->
         for n in (20, 9, 40)
     ]
     labelled = LabelledSet(structures, model).batch([0, 1, 2])
-    weights = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    weights = LossWeights().tensor(torch.float64, model.device)
     results = []
     for model.native_training in (False, True):
         assert (model._pair_sums(model.geometry(labelled.batch)) is not None) == model.native_training

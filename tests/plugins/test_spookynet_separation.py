@@ -89,10 +89,30 @@ def test_as_published_they_do_not() -> None:
 
 @pytest.mark.parametrize(("charge", "multiplicity"), [(0, 1), (1, 2), (-2, 1), (0, 3)])
 def test_charges_add_up_to_the_total(charge: int, multiplicity: int) -> None:
-    model = random_model(**LOCAL)
-    structure = apart(3.0, WATER).replace(charge=charge, multiplicity=multiplicity)
-    charges = evaluate(model, structure).charges
-    assert charges is not None and float(charges.sum()) == pytest.approx(charge, abs=1e-12)
+    for conservation in ("uniform", "shared", "local"):
+        model = random_model(**LOCAL | {"charge_conservation": conservation})
+        structure = apart(3.0, WATER).replace(charge=charge, multiplicity=multiplicity)
+        charges = evaluate(model, structure).charges
+        assert charges is not None and float(charges.sum()) == pytest.approx(charge, abs=1e-12)
+
+
+def test_shared_charges_leave_neutral_molecules_alone_where_the_network_says_so() -> None:
+    """The surplus goes where its share is; a network whose charges of a water add up to zero loses nothing to it."""
+    model = random_model(**LOCAL | {"charge_conservation": "shared"})
+    with torch.no_grad():
+        # charges by element alone: those of water add up to zero; shares by element: carbon takes everything
+        model.output.weight[1:] = 0.0
+        model.element_bias[:, 1:] = 0.0
+        model.element_bias[8, 1], model.element_bias[1, 1] = -0.8, 0.4
+        model.element_bias[6, 2] = 60.0
+    for charge in (0, 1, -1):
+        ion = apart(40.0, WATER, WATER).replace(charge=charge, multiplicity=1 + charge % 2)
+        result = evaluate(model, ion)
+        assert result.charges is not None and result.surplus is not None
+        np.testing.assert_allclose(result.charges[4:].numpy(), [-0.8, 0.4, 0.4] * 2, atol=1e-12)
+        assert float(result.charges[:4].sum()) == pytest.approx(charge, abs=1e-12)
+        # formaldehyde's oxygen and hydrogens add up to zero too
+        assert float(result.surplus) == pytest.approx(charge, abs=1e-12)
 
 
 def test_shares_are_a_softmax_of_each_structure() -> None:
@@ -123,7 +143,7 @@ def test_embedding_later_sees_the_surroundings() -> None:
     ("change", "message"),
     [
         ({"attention": "some"}, "attention: expected 'all' or 'none', got 'some'"),
-        ({"charge_conservation": "no"}, "charge_conservation: expected 'uniform' or 'local', got 'no'"),
+        ({"charge_conservation": "no"}, "charge_conservation: expected 'uniform', 'shared' or 'local', got 'no'"),
         ({"embed_after": 3}, "embed_after: expected 0 to num_modules - 1 = 2, got 3"),
     ],
     ids=str,

@@ -29,12 +29,16 @@ def test_terms_are_the_means_they_say() -> None:
         np.mean((predicted.forces - labels.forces).numpy() ** 2),
         np.mean((predicted.dipole - labels.dipole).numpy() ** 2),
         np.mean((predicted.charges - labels.charges).numpy() ** 2),
+        0.0,
     ]
     np.testing.assert_allclose(loss_terms(predicted, labels, counts).numpy(), expected, rtol=1e-14)
-    weights = LossWeights(1.0, 2.0, 3.0, 4.0).tensor(torch.float64, torch.device("cpu"))
+    weights = LossWeights(1.0, 2.0, 3.0, 4.0, 5.0).tensor(torch.float64, torch.device("cpu"))
     total, terms = weighted_loss(predicted, labels, counts, weights)
-    assert float(total) == pytest.approx(float(np.dot([1, 2, 3, 4], expected)), rel=1e-14)
+    assert float(total) == pytest.approx(float(np.dot([1, 2, 3, 4, 5], expected)), rel=1e-14)
     np.testing.assert_allclose(terms.numpy(), expected, rtol=1e-14)
+    predicted.surplus = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    more, _ = weighted_loss(predicted, labels, counts, weights)
+    assert float(more - total) == pytest.approx(5.0 * (0.25 + 1.0 + 4.0) / 3.0, rel=1e-14)
 
 
 def test_missing_labels_count_nowhere() -> None:
