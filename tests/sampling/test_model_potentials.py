@@ -69,7 +69,7 @@ def test_openmm_computes_the_same() -> None:
 
 def test_boltzmann_averages_are_the_exact_ones(reference: dict) -> None:
     exact = reference["exact_boltzmann_kT15"]
-    points, probability = POTENTIAL.boltzmann(bins=2500)
+    points, probability = POTENTIAL.boltzmann(bins=1500)
     # the stored figures come from a slightly smaller box
     assert np.sum(probability * POTENTIAL.energy(points)) == pytest.approx(exact["mean_V"], abs=5e-4)
     for ellipse, name in zip(ELLIPSES, ("pop_ellipse0_lower_right", "pop_ellipse1_upper_left"), strict=True):
