@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from openmm_mlff.potentials import neighbors
 
 if TYPE_CHECKING:
     from openmm_mlff.potentials.evaluator import Evaluator
+    from openmm_mlff.potentials.neighbors import VerletPairs
 
 
 @dataclass
@@ -54,6 +55,24 @@ class Evaluation(Prediction):
         values: dict[str, Any] = {name: v.detach() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
         values["terms"] = {name: term.detach() for name, term in self.terms.items()}
         return Evaluation(**values)
+
+
+class Members(Protocol):
+    """Several models of one config for the atoms of one batch, evaluated in one call (see `Potential.together`).
+
+    Attributes:
+        pairs: the pair lists that all of them share.
+        tolerance: eV/angstrom, what their forces may differ by from those of `evaluate`.
+    """
+
+    pairs: VerletPairs
+    tolerance: float
+
+    def arrays(
+        self, positions: np.ndarray, cell: np.ndarray | None = None, potential: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Energies ``(n_members, n_structures)`` eV, forces ``(n_members, n_atoms, 3)`` eV/angstrom, and charges
+        ``(n_members, n_atoms)`` e of models that predict them, all float64; arguments as of an `Evaluator`."""
 
 
 class Potential(nn.Module):
@@ -236,6 +255,14 @@ class Potential(nn.Module):
         if not isinstance(batch, Batch):
             batch = self.batch(batch)
         return Evaluator(self, batch, outputs=tuple(outputs), compile=compile)
+
+    @classmethod
+    def together(cls, members: Sequence[Self], batch: Batch) -> Members | None:
+        """What evaluates models of one config for the atoms of a batch faster than one after the other, or None.
+
+        `batch` may have no pair lists. What comes back is checked against `evaluate` on its first frame.
+        """
+        return None
 
     def energy_and_forces(self, structure: Structure) -> tuple[float, np.ndarray]:
         """Energy (eV) and forces ``(n_atoms, 3)`` (eV/angstrom, float64) of one structure; no pair list is kept."""

@@ -6,7 +6,7 @@ electrons. Shapes: `slots` is the largest number of neighbours of an atom.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from openmm_mlff.data.structures import Batch
-from openmm_mlff.potentials.potential import Potential, Prediction
+from openmm_mlff.potentials.potential import Members, Potential, Prediction
 from openmm_spookynet.config import SpookyNetConfig
 from openmm_spookynet.dispersion import D4Dispersion
 from openmm_spookynet.electron_configuration import Z_MAX, electron_configuration_table
@@ -200,6 +200,13 @@ class SpookyNet(Potential):
         for module in self.modules():
             if isinstance(module, Activation):
                 module.native = wanted
+
+    @classmethod
+    def together(cls, members: Sequence[SpookyNet], batch: Batch) -> Members | None:
+        """Members of an ensemble in one call of native code, where it can run them (see `members.Members`)."""
+        from openmm_spookynet import members as native_members
+
+        return native_members.together(members, batch)
 
     # -- what atoms, charge and spin decide ------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from openmm_spookynet import SpookyNet, SpookyNetConfig
 from .copies import Molecule
 
 COMMON = {"steps": 20, "report_interval": 5, "checkpoint_interval": 10, "minimization_steps": 0, "timestep": 0.5,
-          "check_bonds": False}  # fmt: skip
+          "check_bonds": False, "compile": "no"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
