@@ -362,10 +362,27 @@ def make_system(argument: tuple[System, ReferenceMethod], path: Path) -> dict[st
             if not largest < system.sampling.largest_force:
                 failures[f"frame {k}"] = f"a force of {largest:.0f} eV/angstrom, more than largest_force"
                 continue
-            labelled.append(made.replace(info=_info(system, sampler.topology, frame, multiplicity)))
+            info = _info(system, sampler.topology, frame, multiplicity)
+            if system.kind in ("pair", "apart") and made.charges is not None:
+                leak = _leak(sampler, made.charges)
+                if leak > (system.sampling.largest_leak or np.inf):
+                    failures[f"frame {k}"] = f"{leak:.3f} e leaked from one part to another, more than largest_leak"
+                    continue
+                info["leak"] = round(leak, 4)
+            labelled.append(made.replace(info=info))
     failures = {**sampler.failures, **failures}
     write_shard(path, labelled, failures or ({} if labelled else {"frames": "no frame could be made"}))
     return failures
+
+
+def _leak(sampler: Sampler, charges: np.ndarray) -> float:
+    """How far the sum of a part's charges is from its own total charge, e; the largest over all parts."""
+    parts = sampler.topology.parts
+    wanted = [
+        part.charge if spec.charge is None else spec.charge
+        for part, spec in zip(sampler.parts, sampler.system.parts, strict=True)
+    ]
+    return float(np.abs(np.bincount(parts, weights=charges) - wanted).max())
 
 
 def _info(system: System, topology: Topology, frame: Frame, multiplicity: int) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class Sampling:
         distances: of the marked atoms (pairs), of nearest atoms (fragments apart), angstrom, or stretching factors.
         contact: distance of the marked atoms from which the dynamics of a pair start, angstrom.
         largest_force: frames with a larger force on an atom are left out, eV/angstrom.
+        largest_leak: frames are left out in which a part's charge, by the method's own charges, is further than this
+            from its formal one, e; None leaves out none. Many methods let electrons of an anion leak to whatever is
+            far away, and then energies of separated fragments do not add up.
     """
 
     shares: Mapping[str, float] = field(default_factory=lambda: {"dynamics": 0.5, "modes": 0.35, "rattle": 0.15})
@@ -54,6 +57,7 @@ class Sampling:
     distances: tuple[float, ...] = ()
     contact: float = 1.9
     largest_force: float = 20.0
+    largest_leak: float | None = None
 
     def __post_init__(self) -> None:
         for way, share in self.shares.items():
@@ -75,6 +79,8 @@ class Sampling:
             raise ValueError(f"rattle: expected the smallest and the largest width, got {self.rattle}")
         if self.hold not in HOLDS:
             raise ValueError(f"hold: expected one of {', '.join(HOLDS)}, got {self.hold!r}")
+        if self.largest_leak is not None and not self.largest_leak > 0.0:
+            raise ValueError(f"largest_leak: expected a positive number or none, got {self.largest_leak!r}")
         if self.discard < 0.0:
             raise ValueError(f"discard: expected at least 0 fs, got {self.discard}")
         if self.shares.get("scan", 0.0) > 0.0 and not self.distances:
@@ -98,7 +104,7 @@ def _plain(key: str, value: Any, kind: str) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == "int" and number and int(value) == value:
         return int(value)
-    if kind == "float" and number:
+    if kind.startswith("float") and number:
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value
@@ -176,4 +182,7 @@ class System:
         table = asdict(self)
         # where frames go does not change them
         del table["split"], table["held_out"]
+        # a setting that came later and is not used changes no digest
+        if self.sampling.largest_leak is None:
+            del table["sampling"]["largest_leak"]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]

@@ -290,6 +290,20 @@ def test_shares_add_up_and_large_systems_have_no_modes() -> None:
     assert "modes" not in Sampler(few, TBLite()).counts()
 
 
+def test_frames_in_which_an_anion_loses_its_electron_can_be_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
+    table = changed(families=[copy.deepcopy(TABLE["families"][3])], split={})
+    far = table["families"][0]
+    # GFN2-xTB leaves fluoride's electron where it is beside ammonia, and gives 0.4 e of hydroxide's to chlorine
+    far |= {"sets": [["[F-]", "N"], ["[OH-]", "ClCl"]], "structures": 2}
+    kept = build_collection(collection_from_table(table), tmp_path / "kept", progress=False)
+    leaks = {len(s): s.info["leak"] for s in kept}
+    assert leaks[5] < 0.02 < 0.2 < leaks[4]
+    far["sampling"]["largest_leak"] = 0.1
+    fewer = build_collection(collection_from_table(table), tmp_path / "fewer", progress=False)
+    assert {len(s) for s in fewer} == {5} and "leaked" in next(iter(fewer.card["failures"]["reasons"]))
+
+
 def test_failures_are_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
     table = changed(families=[copy.deepcopy(TABLE["families"][4])], split={})
