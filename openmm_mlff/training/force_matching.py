@@ -25,6 +25,9 @@ from openmm_mlff.training.parallel import ParallelLoss, make_loss
 def fit_atomic_energies(structures: Sequence[Structure], residuals: np.ndarray) -> dict[int, float]:
     """Energy per element that explains `residuals` best, by least squares (the smallest solution if not unique).
 
+    What a positive or negative charge and unpaired electrons cost is fitted along where structures differ in them, so
+    that it does not end up in the elements of ions; it is left for the network to learn.
+
     Args:
         residuals: energy of each structure that has to be explained, ``(n_structures,)`` eV.
 
@@ -33,8 +36,10 @@ def fit_atomic_energies(structures: Sequence[Structure], residuals: np.ndarray) 
     """
     elements = sorted({int(z) for s in structures for z in s.numbers})
     counts = np.array([[np.count_nonzero(s.numbers == z) for z in elements] for s in structures], dtype=np.float64)
-    solution = np.linalg.lstsq(counts, residuals, rcond=None)[0]
-    return dict(zip(elements, solution.tolist(), strict=True))
+    charge, unpaired = (np.array([getattr(s, n) for s in structures]) for n in ("charge", "multiplicity"))
+    costs = [c for c in (charge.clip(min=0), -charge.clip(max=0), unpaired - 1) if (c == 0).any() and (c > 0).any()]
+    solution = np.linalg.lstsq(np.column_stack([counts, *costs]), residuals, rcond=None)[0]
+    return dict(zip(elements, solution[: len(elements)].tolist(), strict=True))
 
 
 class ForceMatching:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.potential import Evaluation
+from openmm_mlff.training.force_matching import fit_atomic_energies
 from openmm_mlff.training.losses import Labels, LossWeights, loss_terms, mean_square, weighted_loss
 
 
@@ -77,3 +79,25 @@ def test_impossible_weights_are_refused() -> None:
         LossWeights(energy=float("nan"))
     with pytest.raises(ValueError, match="at least one weight above 0"):
         LossWeights(0.0, 0.0)
+
+
+def test_energies_of_elements_are_not_those_of_charges() -> None:
+    rng = np.random.default_rng(0)
+    own, costs = {1: -3.0, 6: -9.0, 8: -7.5, 11: 1.0}, np.array([11.0, 5.0, 4.0])
+    structures, residuals = [], []
+    for _ in range(60):
+        numbers = rng.choice([1, 6, 8], 6)
+        charge, unpaired = int(rng.integers(-2, 3)), int(rng.integers(0, 3))
+        if charge == 2:
+            numbers = np.append(numbers, 11)
+        structures.append(Structure(numbers, rng.normal(size=(len(numbers), 3)), charge, 1 + unpaired))
+        features = np.array([max(charge, 0), max(-charge, 0), unpaired])
+        residuals.append(sum(own[int(z)] for z in numbers) + float(costs @ features))
+    found = fit_atomic_energies(structures, np.array(residuals))
+    assert found == pytest.approx(own, abs=1e-9)
+    # one charge throughout belongs to the elements: nothing else could take it
+    same = [s.replace(charge=1) for s in structures]
+    plain = np.array([sum(own[int(z)] for z in s.numbers) for s in same]) + 6.0 * np.array([len(s) for s in same])
+    plain += np.array([costs[2] * (s.multiplicity - 1) for s in same])
+    shifted = fit_atomic_energies(same, plain)
+    assert shifted == pytest.approx({z: e + 6.0 for z, e in own.items()}, abs=1e-9)
