@@ -6,10 +6,12 @@ the torch form to rounding; whether it does is looked at on the first frame of e
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +24,7 @@ from torch.nn.functional import softplus
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials import native
 from openmm_mlff.potentials.neighbors import VerletPairs
-from openmm_spookynet.layers import Activation, Linear, ResidualBlock, ResidualMLP
+from openmm_spookynet.layers import Activation, ElectronicEmbedding, Linear, ResidualBlock, ResidualMLP
 from openmm_spookynet.model import Heads, InteractionModule, SpookyNet
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ SOURCE = Path(__file__).with_name("cpp") / "spookynet.cpp"
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-8}
 #: of larger systems the compiled graph of each member is as fast
 MOST_ATOMS = 200
+#: in the order of the C++ source
+CONSERVATIONS = ("uniform", "shared", "local")
 _POINTER = ctypes.c_void_p
 
 
@@ -40,8 +44,10 @@ def unsupported(model: SpookyNet, batch: Batch) -> str | None:
     c, lanes = model.config, 64 // torch.finfo(model.dtype).bits * 8
     if model.device.type != "cpu" or native.compiler() is None:
         return "the native code needs a CPU and a C++ compiler"
-    if c.activation != "swish" or c.use_d4_dispersion or c.embed_after > 0 or not c.use_irreps:
-        return "the native code knows the swish activation, spherical harmonics and no D4 or embedding after modules"
+    if c.activation != "swish" or c.use_d4_dispersion or not c.use_irreps or c.charge_conservation not in CONSERVATIONS:
+        return "the native code knows the swish activation, spherical harmonics and no D4"
+    if c.embed_after > 0 and c.use_nonlinear_embedding:
+        return "the native code knows no nonlinear embedding after modules"
     if c.num_features % lanes or c.num_random_features % lanes:
         return f"the native code takes features in multiples of {lanes}"
     if model.long_range_method != "shifted":
@@ -71,8 +77,8 @@ class _Numbers(ctypes.Structure):
     """`Numbers` of the C++ source, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n", "slots", "n_long", "modules", "exp_weighting", "attention")),
-        *((name, ctypes.c_int64) for name in ("local_charges", "repulsion", "electrostatics")),
+        *((name, ctypes.c_int64) for name in ("n", "slots", "n_long", "modules", "embed_after", "exp_weighting")),
+        *((name, ctypes.c_int64) for name in ("attention", "conservation", "repulsion", "electrostatics")),
         *((name, _POINTER) for name in ("index", "mask", "shifts", "first", "second", "long_shifts")),
         *((name, _POINTER) for name in ("positions", "z", "potential")),
         *((name, ctypes.c_double) for name in ("cutoff", "long_cutoff", "total_charge")),
@@ -83,8 +89,10 @@ class _Numbers(ctypes.Structure):
 class _Member(ctypes.Structure):
     """`Member` of the C++ source, field by field."""
 
-    _fields_ = tuple(
-        (name, _POINTER) for name in ("arrays", "blocks", "numbers", "x", "center", "spd", "attended", "output", "bias")
+    _fields_ = (
+        *((name, _POINTER) for name in ("arrays", "blocks", "numbers", "x", "center", "spd", "attended")),
+        *((name, _POINTER) for name in ("output", "bias")),
+        *((name, _POINTER * 2) for name in ("value", "key")),
     )
 
 
@@ -94,7 +102,7 @@ class Weights:
     Attributes: record: what is handed over; valid as long as this object lives.
     """
 
-    def __init__(self, model: SpookyNet, fixed: dict[str, Any]) -> None:
+    def __init__(self, model: SpookyNet, fixed: dict[str, Any], batch: Batch) -> None:
         self._kept: list[np.ndarray] = []
         self._dtype = model.dtype
         c = model.config
@@ -103,7 +111,10 @@ class Weights:
             arrays += self._module(module, first=t == 0)
         depths = [c.num_residual_local_x, c.num_residual_local_s, c.num_residual_local_p, c.num_residual_local_d]
         depths += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v, c.num_residual_pre]
-        depths += [c.num_residual_local, c.num_residual_post, c.num_residual_output]
+        depths += [c.num_residual_local, c.num_residual_post, c.num_residual_output, c.num_residual_electron]
+        embeddings = (model.charge_embedding, model.spin_embedding) if c.embed_after > 0 else ()
+        for embedding in embeddings:
+            arrays += self._network(cast(ResidualMLP, embedding.mlp), None)
         messages = fixed["messages"]
         self.record = _Member(
             arrays=self._plain(np.array(arrays, dtype=np.uint64)),
@@ -116,6 +127,11 @@ class Weights:
             output=self._plain(model.output.weight.detach().double().numpy()),
             bias=self._plain(fixed["bias"].detach().double().numpy()),
         )
+
+        for k, (embedding, amount) in enumerate(zip(embeddings, (batch.charge, batch.multiplicity - 1), strict=False)):
+            value, key = _embedded(cast(ElectronicEmbedding, embedding), amount)
+            if bool(value.any()):
+                self.record.value[k], self.record.key[k] = self._keep(value), self._keep(key)
 
     def _plain(self, values: np.ndarray) -> int:
         array = np.ascontiguousarray(values)
@@ -182,6 +198,18 @@ def _places(heads: Heads) -> list[tuple[int, int]]:
     return [found[h] for h in range(heads.n)]
 
 
+def _embedded(embedding: ElectronicEmbedding, amount: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of a total charge or spin ``(1,)``, and what features are multiplied by for its shares, ``(F,)`` each.
+
+    As in `ElectronicEmbedding.forward` for one structure; what is the same for all atoms is no part of the shares.
+    """
+    exact = copy.deepcopy(embedding).double()
+    a = amount.double()
+    e = torch.stack([a.relu(), (-a).relu()], -1) if embedding.signed else a.abs()[:, None]
+    key = exact.linear_q.weight.T @ exact.linear_k(e / e.clamp(min=1))[0]
+    return exact.linear_v(e)[0], key / math.sqrt(len(key))
+
+
 def _numbers_of(model: SpookyNet) -> np.ndarray:
     """alpha of the radial functions, then power, divisor, weights and exponents of the repulsion, float64."""
     values = [softplus(model.radial_basis.alpha_raw.detach().double())[None]]
@@ -228,7 +256,7 @@ class Members:
         exact = batch.to(dtype=torch.float64).replace(external_potential=None)
         self.pairs = VerletPairs(exact, first.cutoff, first.long_range, first.long_range_cutoff)
         with torch.no_grad():
-            self._weights = [Weights(m, m.fixed(exact.to(dtype=m.dtype))) for m in members]
+            self._weights = [self._pack(m, exact.to(dtype=m.dtype)) for m in members]
         self._records = (_Member * len(members))(*(w.record for w in self._weights))
         self._shape = (len(members), batch.n_atoms, 3)
         self._periodic = batch.cell is not None
@@ -239,9 +267,10 @@ class Members:
         self._numbers = _Numbers(
             n=batch.n_atoms,
             modules=c.num_modules,
+            embed_after=c.embed_after,
             exp_weighting=c.exp_weighting,
             attention=c.attention == "all",
-            local_charges=c.charge_conservation == "local",
+            conservation=CONSERVATIONS.index(c.charge_conservation),
             repulsion=c.use_zbl_repulsion,
             electrostatics=c.use_electrostatics,
             z=self._z.ctypes.data,
@@ -250,6 +279,10 @@ class Members:
             total_charge=float(batch.charge[0]),
             binomial=self._binomial.ctypes.data,
         )
+
+    @staticmethod
+    def _pack(model: SpookyNet, batch: Batch) -> Weights:
+        return Weights(model, model.fixed(batch), batch)
 
     def arrays(
         self, positions: np.ndarray, cell: np.ndarray | None = None, potential: np.ndarray | None = None

@@ -21,12 +21,9 @@ OTHER = {
     "exp_weighting": False, "long_range_cutoff": 5.0, "charge_conservation": "local", "num_residual_local": 2,
     "num_residual_post": 0, "num_residual_local_p": 2, "num_residual_pre": 2, "num_residual_nonlocal_v": 0,
 }  # fmt: skip
-OPTIONS = [
-    {},
-    OTHER,
-    {"attention": "none", "num_modules": 3},
-    {"use_zbl_repulsion": False, "use_electrostatics": False},
-]
+BIO = {"attention": "none", "num_modules": 3, "charge_conservation": "shared", "embed_after": 1}
+NETWORK_ALONE = {"use_zbl_repulsion": False, "use_electrostatics": False}
+OPTIONS = [{}, OTHER, BIO, BIO | {"embed_after": 2, "attention": "all"}, NETWORK_ALONE]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,11 +55,12 @@ def alone(models: list[SpookyNet], s: Structure, phi: np.ndarray | None = None) 
     return tuple(x.astype(np.float64) for x in stacked)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["published", "other", "no attention", "network alone"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["published", "other", "bio", "late", "network alone"])
 def test_numbers_of_the_torch_form(options: dict[str, Any]) -> None:
     models = [model(seed, **options) for seed in (1, 2)]
-    for n, charge, seed in ((9, 1, 1), (1, 0, 2), (40, 0, 3)):
+    for n, charge, more, seed in ((9, 1, 0, 1), (9, -2, 2, 4), (1, 0, 0, 2), (40, 0, 0, 3)):
         structure = cluster(models[0], n, seed=seed, charge=charge)
+        structure = structure.replace(multiplicity=structure.multiplicity + more)
         together = members.Members(models, models[0].batch(structure))
         for phi in (None, np.linspace(-1.0, 2.0, n)):
             expected = alone(models, structure, phi)
@@ -74,7 +72,7 @@ def test_numbers_of_the_torch_form(options: dict[str, Any]) -> None:
 
 def test_the_network_matters_in_this_test() -> None:
     """Without repulsion and charges there is nothing but the network, and its forces are not small."""
-    m = model(1, **OPTIONS[3])
+    m = model(1, **OPTIONS[-1])
     assert np.abs(m.energy_and_forces(cluster(m, 9, seed=1))[1]).max() > 0.05
 
 
@@ -143,7 +141,7 @@ def test_wrong_code_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 
 def test_where_it_stands_aside() -> None:
     structures = [cluster(model(1), 5, seed=k) for k in (1, 2)]
-    for options in ({"activation": "ssp"}, {"embed_after": 1}, {"num_features": 12}, {"use_irreps": False}):
+    for options in ({"activation": "ssp"}, {"num_features": 12}, {"use_irreps": False}):
         models = [model(seed, **options) for seed in (1, 2)]
         assert members.together(models, models[0].batch(structures[0])) is None
         energies, _ = Ensemble(models).evaluator(structures[0], compile="auto").arrays(structures[0].positions)

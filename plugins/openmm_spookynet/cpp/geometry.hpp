@@ -8,7 +8,7 @@ constexpr double R3 = 1.7320508075688772935;
 
 // What atoms and pair lists decide, and the options of the model.
 struct Numbers {
-    int64_t n, slots, n_long, modules, exp_weighting, attention, local_charges, repulsion, electrostatics;
+    int64_t n, slots, n_long, modules, embed_after, exp_weighting, attention, conservation, repulsion, electrostatics;
     const int64_t* index;       // (n, slots)
     const uint8_t* mask;        // (n, slots)
     const double* shifts;       // (n, slots, 3) angstrom, or null
