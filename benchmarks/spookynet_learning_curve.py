@@ -94,6 +94,8 @@ def train_part(
 def draw(parts: Sequence[dict[str, Any]]) -> None:
     """Test errors against structures, and validation errors against hours."""
     plt = pyplot()
+    from matplotlib.ticker import LogLocator
+
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.8, len(parts)))
     with plt.rc_context(STYLE):
         figure, (data, clock) = plt.subplots(1, 2, figsize=(7.6, 3.3))
@@ -111,9 +113,12 @@ def draw(parts: Sequence[dict[str, Any]]) -> None:
         clock.set_xlabel("hours")
         clock.set_ylabel("validation force MAE (meV/Å)")
         clock.legend(fontsize=8)
-        for axis in (data, clock):
-            axis.grid(alpha=0.25, linewidth=0.5)
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for axis in (data.xaxis, data.yaxis, clock.yaxis):
+            axis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+            for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+                formatter(lambda value, _: f"{value:g}")
+        for panel in (data, clock):
+            panel.grid(alpha=0.25, linewidth=0.5)
         figure.tight_layout()
     save_figure(figure, HERE / f"{NAME}.png")
 
