@@ -63,6 +63,18 @@ class TestContractOfLocalModels(PotentialContract):
         return model
 
 
+class TestContractOfSharedCharges(PotentialContract):
+    """What charges lack of the total goes by learned shares; attention beside an embedding that is late."""
+
+    separable = False
+    # attention is divided by a sum plus 1e-8, and equal atoms tie for its maximum
+    extensive_atol = 1e-4
+    copies_force_atol = 1e-2
+
+    def make(self) -> SpookyNet:
+        return random_model(4, charge_conservation="shared", embed_after=1)
+
+
 class TestContractWithDispersion(SpookyNetContract):
     """Random D4 tables."""
 
