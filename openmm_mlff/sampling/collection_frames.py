@@ -360,13 +360,14 @@ def make_system(argument: tuple[System, ReferenceMethod], path: Path) -> dict[st
             assert made.forces is not None
             largest = float(np.linalg.norm(made.forces, axis=1).max())
             if not largest < system.sampling.largest_force:
-                failures[f"frame {k}"] = f"a force of {largest:.0f} eV/angstrom, more than largest_force"
+                failures[f"frame {k}"] = f"largest_force: more than {system.sampling.largest_force:g} eV/angstrom"
                 continue
             info = _info(system, sampler.topology, frame, multiplicity)
             if system.kind in ("pair", "apart") and made.charges is not None:
                 leak = _leak(sampler, made.charges)
                 if leak > (system.sampling.largest_leak or np.inf):
-                    failures[f"frame {k}"] = f"{leak:.3f} e leaked from one part to another, more than largest_leak"
+                    limit = system.sampling.largest_leak
+                    failures[f"frame {k}"] = f"largest_leak: more than {limit:g} e leaked from one part to another"
                     continue
                 info["leak"] = round(leak, 4)
             labelled.append(made.replace(info=info))
