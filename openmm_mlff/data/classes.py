@@ -84,6 +84,26 @@ class Topology:
                     found[hydrogen] = other
         return found
 
+    def opposite_contacts(self) -> np.ndarray:
+        """Hydrogens of cationic groups with N, O and S of anionic ones more than two bonds away, ``(n, 2)``.
+
+        A group is a charged atom with what is up to two bonds away: guanidinium and carboxylate are whole groups.
+        """
+        charges = _without_resonance(self.formal_charges, self.bonds)
+        near = np.eye(len(self.numbers), dtype=np.int64)
+        near[self.bonds[:, 0], self.bonds[:, 1]] = near[self.bonds[:, 1], self.bonds[:, 0]] = 1
+        near = np.asarray(near @ near > 0)
+        cationic, anionic = near[:, charges > 0].any(axis=1), near[:, charges < 0].any(axis=1)
+        acceptors = np.flatnonzero(anionic & np.isin(self.numbers, (7, 8, 16)))
+        rows = [
+            (h, x)
+            for h, donor in self.polar_bonds().tolist()
+            if cationic[donor]
+            for x in acceptors.tolist()
+            if not near[h, x]
+        ]
+        return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
     def polar_bonds(self) -> np.ndarray:
         """Bonds of hydrogens to N, O and S: ``(n, 2)``, hydrogen first."""
         rows = [(h, x) for h, x in sorted(self.hydrogens().items()) if self.numbers[x] in (7, 8, 16)]

@@ -25,7 +25,7 @@ from openmm_mlff.sampling.thermal import Held, NormalModes, dynamics, rattled, r
 
 #: held hydrogens stay this close (angstrom) to their nitrogen or oxygen, or sulfur ...
 LONGEST_BOND, LONGEST_SULFUR_BOND = 1.15, 1.5
-#: ... and in two of three conformers this far from other nitrogens and oxygens
+#: ... and, in two of three conformers, those of cationic groups this far from anionic ones
 SHORTEST_CONTACT = 1.85
 #: frames of a "release" are this far apart, femtoseconds, and one of them has so many
 RELEASE_STRIDE, RELEASE_FRAMES = 4.0, 10
@@ -94,24 +94,13 @@ class Sampler:
         bonds = self.topology.polar_bonds()
         sulfur = self.topology.numbers[bonds[:, 1]] == 16
         longest = np.where(sulfur, LONGEST_SULFUR_BOND, LONGEST_BOND)
-        contacts = np.empty((0, 2), dtype=np.int64) if self._loose(conformer) else self._contacts(bonds)
+        contacts = np.empty((0, 2), dtype=np.int64) if self._loose(conformer) else self.topology.opposite_contacts()
         return Held(self.method, bonds, longest, contacts, np.full(len(contacts), SHORTEST_CONTACT))
 
     def _loose(self, conformer: int) -> bool:
         """Whether protons of this conformer, though held, may come close to where they want to go."""
         conformer %= self.options.conformers
         return conformer % 3 == 2 or conformer == self.options.conformers - 1
-
-    def _contacts(self, bonds: np.ndarray) -> np.ndarray:
-        """Polar hydrogens with every N and O more than two bonds away, ``(n, 2)``."""
-        numbers = self.topology.numbers
-        near = np.eye(len(numbers), dtype=int)
-        for i, j in self.topology.bonds:
-            near[i, j] = near[j, i] = 1
-        near = near @ near
-        sites = np.flatnonzero(np.isin(numbers, (7, 8)))
-        rows = [(h, x) for h, _ in bonds.tolist() for x in sites.tolist() if not near[h, x]]
-        return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
     # starts
 

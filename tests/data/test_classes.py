@@ -74,6 +74,26 @@ def test_formal_charges_of_ions_add_up_to_the_charge() -> None:
         assert found.formal_charges.sum() == charge
 
 
+@pytest.mark.parametrize(
+    ("smiles", "pairs"),
+    [
+        ("[NH3+]CC(=O)[O-]", 3 * 2),
+        ("NC(=[NH2+])NCC(=O)[O-]", 5 * 2),
+        ("[NH3+]CC(=O)O", 0),
+        ("C[N+](=O)[O-]", 0),
+        ("OCC(=O)[O-]", 0),
+        ("[NH3+]CCO.[O-]C=O", 3 * 2),
+    ],
+)
+def test_contacts_are_those_of_opposite_charges(smiles: str, pairs: int) -> None:
+    parts = [make_part("x", s) for s in smiles.split(".")]
+    # waters around have no say in it
+    topology = Topology.of([*parts, make_part("water", "O")])
+    contacts = topology.opposite_contacts()
+    assert len(contacts) == pairs
+    assert set(topology.numbers[contacts[:, 0]]) <= {1} and set(topology.numbers[contacts[:, 1]]) <= {8}
+
+
 def test_the_singlet_of_a_triplet_has_a_class_of_its_own() -> None:
     part = make_part("oxygen", "[O][O]")
     states = [class_of_frame("triplet", Topology.of([part]), part.conformers[0], m)[0] for m in (1, 3)]
