@@ -90,10 +90,11 @@ class Topology:
         A group is a charged atom with what is up to two bonds away: guanidinium and carboxylate are whole groups.
         """
         charges = _without_resonance(self.formal_charges, self.bonds)
-        near = np.eye(len(self.numbers), dtype=np.int64)
-        near[self.bonds[:, 0], self.bonds[:, 1]] = near[self.bonds[:, 1], self.bonds[:, 0]] = 1
-        near = np.asarray(near @ near > 0)
-        cationic, anionic = near[:, charges > 0].any(axis=1), near[:, charges < 0].any(axis=1)
+        bonded = np.eye(len(self.numbers), dtype=np.int64)
+        bonded[self.bonds[:, 0], self.bonds[:, 1]] = bonded[self.bonds[:, 1], self.bonds[:, 0]] = 1
+        near = np.asarray(bonded @ bonded > 0)
+        cationic = np.asarray(near[:, charges > 0].any(axis=1))
+        anionic = np.asarray(near[:, charges < 0].any(axis=1))
         acceptors = np.flatnonzero(anionic & np.isin(self.numbers, (7, 8, 16)))
         rows = [
             (h, x)
