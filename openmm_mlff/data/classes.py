@@ -209,15 +209,16 @@ def class_of_frame(
 
 
 def _has_amide(topology: Topology) -> bool:
-    """A carbon bonded to a nitrogen and to an oxygen without hydrogens or other atoms."""
+    """A peptide bond: a carbon with a bare oxygen, bonded to a nitrogen that has another heavy neighbour."""
     numbers = topology.numbers
     near_atoms: list[list[int]] = [[] for _ in numbers]
     for i, j in topology.bonds.tolist():
         near_atoms[i].append(j)
         near_atoms[j].append(i)
-    return any(
-        numbers[i] == 6
-        and any(numbers[j] == 8 and len(near_atoms[j]) == 1 for j in near_atoms[i])
-        and any(numbers[j] == 7 for j in near_atoms[i])
-        for i in range(len(numbers))
-    )
+    carbonyls = [
+        i
+        for i in np.flatnonzero(numbers == 6).tolist()
+        if any(numbers[j] == 8 and len(near_atoms[j]) == 1 for j in near_atoms[i])
+    ]
+    nitrogens = {j for i in carbonyls for j in near_atoms[i] if numbers[j] == 7}
+    return any(np.sum(numbers[near_atoms[j]] > 1) > 1 for j in nitrogens)

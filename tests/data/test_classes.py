@@ -25,7 +25,7 @@ def moved_proton(part: Part, fraction: float) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize("name", ["NH3-GLY-COO", "NH3-ALA-COO", "NH3-ALA-GLY-COO"])
+@pytest.mark.parametrize("name", ["NH3-GLY-COO", "NH3-ALA-COO", "NH3-ASN-COO", "NH3-ALA-GLY-COO"])
 def test_a_zwitterion_that_lost_its_charges_is_neutral(name: str) -> None:
     part = make_part(name, peptide_smiles(name), seed=4)
     topology = Topology.of([part])
