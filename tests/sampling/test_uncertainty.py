@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,15 @@ import torch
 from openmm import app
 from openmmml import MLPotential
 
+from openmm_gdml.training import GDML
 from openmm_mlff.analysis.observables import read_table
 from openmm_mlff.cli import main
-from openmm_mlff.data.formats import read_structures
+from openmm_mlff.data.formats import read_sgdml_npz, read_structures
+from openmm_mlff.data.reference import TBLite
 from openmm_mlff.data.structures import Structure
-from openmm_mlff.potentials.ensemble import save_ensemble
+from openmm_mlff.forces import running
+from openmm_mlff.forces.uncertainty import UncertaintyError
+from openmm_mlff.potentials.ensemble import Ensemble, save_ensemble
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.reporters import dcd_frames
@@ -181,3 +186,83 @@ def test_settings_are_checked(alanine: str) -> None:
     for name, value in (("on_uncertain", "panic"), ("uncertainty_limit", -1.0), ("uncertain_interval", 0)):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             RunSettings(input=alanine, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def ethanol(shared: Path) -> tuple[Ensemble, list[Structure], float]:
+    """Three kernels of ethanol from 150 GFN2-xTB frames at 500 K each, other frames, and a limit that these set."""
+    frames = read_sgdml_npz(shared / "data" / "gdml" / "dataset_ethanol.npz")
+    rng = np.random.default_rng(1)
+    alike = [
+        [0, 1, 2, *methyl, *methylene, 8]
+        for methyl in itertools.permutations((3, 4, 5))
+        for methylene in ((6, 7), (7, 6))
+    ]
+    chosen = [rng.choice(1000, 150, replace=False) for _ in range(3)]
+    ensemble = Ensemble([GDML(15.0, 1e-10, np.array(alike)).fit([frames[i] for i in rows]) for rows in chosen])
+    evaluator, uncertain = ensemble.evaluator(frames[0]), []
+    for frame in frames[1100:1200:2]:
+        evaluator.arrays(frame.positions)
+        assert evaluator.spreads is not None
+        uncertain.append(evaluator.spreads[1].max())
+    return ensemble, frames[1050:1060], 1.5 * float(max(uncertain))
+
+
+def test_a_run_is_stopped_where_it_leaves_its_domain_and_not_before(
+    ethanol: tuple[Ensemble, list[Structure], float],
+) -> None:
+    ensemble, frames, limit = ethanol
+    topology = app.Topology()
+    residue = topology.addResidue("ETH", topology.addChain())
+    for z in frames[0].numbers.tolist():
+        topology.addAtom("A", app.Element.getByAtomicNumber(z), residue)
+    stopped = {}
+    for temperature, steps in ((300.0, 4000), (2000.0, 2000)):
+        system = MLPotential("ensemble", model=ensemble).createSystem(
+            topology, on_uncertain="stop", uncertainty_limit=limit
+        )
+        integrator = openmm.LangevinMiddleIntegrator(temperature, 1.0, 0.0005)
+        integrator.setRandomNumberSeed(3)
+        context = openmm.Context(system, integrator, openmm.Platform.getPlatform("Reference"))
+        context.setPositions(0.1 * frames[0].positions)
+        context.setVelocitiesToTemperature(temperature, 3)
+        try:
+            integrator.step(steps)
+        except openmm.OpenMMException:
+            error = running.last_error(system)
+            assert isinstance(error, UncertaintyError) and error.uncertainty > limit
+            positions = 10.0 * context.getState(positions=True).getPositions(asNumpy=True)._value
+            stopped[temperature] = (context.getStepCount(), positions)
+    assert list(stopped) == [2000.0], "2 ps at 300 K are inside, 2000 K is not"
+    step, positions = stopped[2000.0]
+    assert 0 < step < 2000
+    assert abs(energy_error(ensemble, frames[0], [frames[0].positions, positions])[1]) < 0.25
+
+
+def test_a_bond_that_is_pulled_is_noticed_before_the_energy_is_wrong(
+    ethanol: tuple[Ensemble, list[Structure], float],
+) -> None:
+    """O-H from where it is to 2.5 angstrom: the first length beyond the limit, and the first error of 0.5 eV."""
+    ensemble, frames, limit = ethanol
+    start, evaluator = frames[0].positions, ensemble.evaluator(frames[0])
+    along = (start[8] - start[2]) / np.linalg.norm(start[8] - start[2])
+    lengths = np.arange(np.linalg.norm(start[8] - start[2]), 2.5, 0.05)
+    scan = [start.copy() for _ in lengths]
+    beyond = []
+    for positions, length in zip(scan, lengths, strict=True):
+        positions[8] = start[2] + length * along
+        evaluator.arrays(positions)
+        assert evaluator.spreads is not None
+        beyond.append(evaluator.spreads[1].max() > limit)
+    wrong = np.abs(energy_error(ensemble, frames[0], scan)) > 0.5
+    assert not beyond[0] and wrong.any() and int(np.argmax(beyond)) < int(np.argmax(wrong))
+
+
+def energy_error(ensemble: Ensemble, structure: Structure, frames: list[np.ndarray]) -> np.ndarray:
+    """eV, of the energies relative to that of the first frame, against GFN2-xTB."""
+    pytest.importorskip("tblite")
+    both = []
+    for positions in frames:
+        moved = structure.replace(positions=positions, energy=None, forces=None)
+        both.append(ensemble.energy_and_forces(moved)[0] - float(TBLite().label(moved).energy))  # type: ignore[arg-type]
+    return np.array(both) - both[0]
