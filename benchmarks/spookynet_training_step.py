@@ -34,10 +34,10 @@ DENSITY = 0.095  # atoms per cubic angstrom
 LOCAL: dict[str, Any] = {"attention": "none", "charge_conservation": "shared", "embed_after": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "published, F 64, T 3": {"num_features": 64, "num_modules": 3},
-    "local, F 64, T 3": {"num_features": 64, "num_modules": 3, **LOCAL},
-    "local, F 64, T 2": {"num_features": 64, "num_modules": 2, **LOCAL},
-    "local, F 48, T 3": {"num_features": 48, "num_modules": 3, **LOCAL},
-    "local, F 32, T 3": {"num_features": 32, "num_modules": 3, **LOCAL},
+    "shared, F 64, T 3": {"num_features": 64, "num_modules": 3, **LOCAL},
+    "shared, F 64, T 2": {"num_features": 64, "num_modules": 2, **LOCAL},
+    "shared, F 48, T 3": {"num_features": 48, "num_modules": 3, **LOCAL},
+    "shared, F 32, T 3": {"num_features": 32, "num_modules": 3, **LOCAL},
 }
 
 
