@@ -111,7 +111,7 @@ class ContractBase:
     def run(self, model: Potential, *structures: Structure) -> Evaluation:
         """Energies and forces without a graph."""
         result = model.evaluate(model.batch(structures))
-        for name in ("energy", "forces", "charges", "dipole", "spread"):
+        for name in ("energy", "forces", "charges", "dipole", "spread", "force_spread"):
             value = getattr(result, name)
             setattr(result, name, None if value is None else value.detach())
         return result
@@ -119,7 +119,7 @@ class ContractBase:
     def same(
         self, what: str, actual: Evaluation, expected: Evaluation, turn: Tensor | None = None, loosen: float = 1.0
     ) -> None:
-        """Energies, forces, charges and dipoles agree; vectors of `expected` are turned first."""
+        """Energies, forces, charges, dipoles and spreads agree; vectors of `expected` are turned first."""
         turn = torch.eye(3, dtype=torch.float64) if turn is None else turn
         n = len(forces_of(actual))
         close(f"{what}: energy", actual.energy, expected.energy, self.energy_atol * n * loosen)
@@ -128,6 +128,10 @@ class ContractBase:
             close(f"{what}: charges", actual.charges, expected.charges, self.force_atol * loosen)
         if actual.dipole is not None and expected.dipole is not None:
             close(f"{what}: dipole", actual.dipole, expected.dipole @ turn.T, self.force_atol * loosen)
+        if actual.spread is not None and expected.spread is not None:
+            close(f"{what}: spread of the energy", actual.spread, expected.spread, self.energy_atol * n * loosen)
+        if actual.force_spread is not None and expected.force_spread is not None:
+            close(f"{what}: spread of the forces", actual.force_spread, expected.force_spread, self.force_atol * loosen)
 
     def check_gradient(self, model: Potential, structure: Structure, phi: Tensor | None = None) -> None:
         """Forces against fourth-order central differences, along random directions and of two atoms' coordinates."""
@@ -157,5 +161,5 @@ def joined(parts: list[Evaluation]) -> Evaluation:
         values = [getattr(p, name) for p in parts]
         return None if values[0] is None else torch.cat(values)
 
-    names = ("energy", "charges", "dipole", "spread", "forces")
+    names = ("energy", "charges", "dipole", "spread", "forces", "force_spread")
     return Evaluation(**{name: cat(name) for name in names})

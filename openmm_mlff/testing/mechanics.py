@@ -23,6 +23,7 @@ class Mechanics(ContractBase):
             result = model.evaluate(batch)
             n, atoms = len(structures), batch.n_atoms
             expected = {"energy": (n,), "forces": (atoms, 3), "charges": (atoms,), "dipole": (n, 3), "spread": (n,)}
+            expected["force_spread"] = (atoms,)
             for name, shape in expected.items():
                 value = getattr(result, name)
                 if value is None:
@@ -92,6 +93,7 @@ class Mechanics(ContractBase):
             reference = self.run(model, structure)
             reference.forces = forces_of(reference)[order]
             reference.charges = None if reference.charges is None else reference.charges[order]
+            reference.force_spread = None if reference.force_spread is None else reference.force_spread[order]
             self.same("permuted", self.run(model, shuffled), reference)
 
     def test_forces_can_be_trained(self) -> None:
