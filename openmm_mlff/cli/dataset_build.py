@@ -45,7 +45,9 @@ def add_select(actions: Any) -> None:
     parser.add_argument("--stride", type=float, default=20.0, help="between frames, fs (default: %(default)s)")
     parser.add_argument("--timestep", type=float, default=0.5, help="fs (default: %(default)s)")
     parser.add_argument(
-        "--threshold", type=float, help="spread of forces, eV/angstrom (default: the most uncertain quarter)"
+        "--threshold",
+        type=float,
+        help="spread of forces, eV/angstrom (default: the ensemble's limit, or a quarter)",
     )
     parser.add_argument("--nonsense", type=float, default=5.0, help="spread that ends a trajectory (default: 5)")
     parser.add_argument("--difference", type=float, default=0.1, help="between frames of one molecule (angstrom)")

@@ -15,7 +15,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ class SelectionSettings:
     Attributes:
         structures: to keep at most. per_group: of one group at most.
         temperatures: kelvin, taken in turn. duration, stride, timestep: of every trajectory, femtoseconds.
-        threshold: frames are candidates from this spread of the force on any atom on, eV/angstrom; None takes the most
-            uncertain quarter of all.
+        threshold: frames are candidates from this spread of the force on any atom on, eV/angstrom; None takes that of
+            the ensemble's `force_limit`, if it was calibrated, else the most uncertain quarter of all.
         nonsense: a trajectory ends at this spread, eV/angstrom.
         difference: frames of one group differ by at least this, root mean square over interatomic distances, angstrom.
         seed: of velocities and thermostats.
@@ -264,7 +264,7 @@ def select_frames(
         raise LabelError(f"not one of {len(names)} trajectories could be run; the first reason: {min(lost.values())}")
     starts = [start for task, (start, *_) in names.items() if task not in lost]
     candidates = [Candidates.read(output / "candidates" / f"{task}.safetensors") for task in names if task not in lost]
-    taken, threshold = choose(starts, candidates, settings)
+    taken, threshold = choose(starts, candidates, _with_limit(settings, model))
     if not taken:
         raise LabelError(f"not one frame of {len(starts)} trajectories reached a spread of {threshold:.3g} eV/angstrom")
     chosen = [_chosen(starts[i], candidates[i], k) for i, k in taken]
@@ -293,6 +293,14 @@ def select_frames(
     }
     write_atomically(output / "card.json", (json.dumps(dataset.card, indent=1, ensure_ascii=False) + "\n").encode())
     return Dataset(output)
+
+
+def _with_limit(settings: SelectionSettings, model: Ensemble) -> SelectionSettings:
+    """The threshold that the ensemble's card gives, where the settings leave it open: uncertainty = factor * spread."""
+    limit = model.config.force_limit
+    if settings.threshold is not None or limit is None:
+        return settings
+    return replace(settings, threshold=min(limit / model.config.force_factor, 0.5 * settings.nonsense))
 
 
 def _chosen(start: Structure, candidates: Candidates, k: int) -> Structure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from openmm_mlff.data.datasets import Dataset
 from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.reference import LabelError, TBLite
 from openmm_mlff.data.structures import Structure
+from openmm_mlff.potentials.ensemble import save_ensemble
 from openmm_mlff.potentials.family import load_potential, save_potential
 from openmm_mlff.sampling import selection
 from openmm_mlff.sampling.collection_build import build_collection
@@ -175,6 +177,20 @@ def test_a_nonsensical_start_ends_its_trajectory_and_is_counted(members: list[Pa
         select_frames([water("a"), water("b")], committee, TBLite(), tmp_path, strict, progress=False)
     found = Candidates.read(tmp_path / "candidates" / "trajectory-00000.safetensors")
     assert len(found.spreads) == 0 and "members disagree" in found.ended
+
+
+def test_a_calibrated_ensemble_brings_its_own_threshold(members: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
+    open_end = replace(SETTINGS, threshold=None)
+    calibration = {"force_factor": 2.0, "force_limit": 1e-4}
+    file = save_ensemble(members, tmp_path / "ensemble.safetensors", calibration, licence="MIT")
+    made = select_frames([water()], Committee((str(file),)), TBLite(), tmp_path / "1", open_end, progress=False)
+    assert made.card["round"]["threshold"] == pytest.approx(5e-5)
+    plain = select_frames(
+        [water()], Committee(tuple(map(str, members))), TBLite(), tmp_path / "2", open_end, progress=False
+    )
+    entry = plain.card["round"]
+    assert entry["threshold"] == pytest.approx(entry["spread_of_candidates"]["75 %"], abs=1e-6) and len(plain) < 4
 
 
 def test_a_trajectory_that_fails_is_noted_and_the_others_go_on(
