@@ -141,9 +141,10 @@ class Watch:
             f"{self.spec.limit:.3g} (step {step})"
         )
         if self.spec.action == "stop":
-            raise UncertaintyError(
-                f"on_uncertain: {text}; the model was not trained for this", atom, value, self.spec.limit
-            )
+            # the first trial step of OpenMM's minimiser is a long one, which it takes back by itself
+            hint = " (of a minimiser: use running.without_force_limit)" if step == 0 else ""
+            message = f"on_uncertain: {text}; the model was not trained for this{hint}"
+            raise UncertaintyError(message, atom, value, self.spec.limit)
         before = self._last_beyond
         # steps that go back belong to another run of the same force
         if before is None or not 0 <= step - before < CALM_STEPS:

@@ -74,6 +74,7 @@ def test_members_share_the_split_and_differ_in_seeds(folder: Path) -> None:
     assert (folder / "run" / "test_errors.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_members_is_resumed_to_the_same_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before the second member, against a run that was not stopped."""
     recipe = Recipe.read(folder / "recipe.json")
