@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials import native
-from openmm_mlff.potentials.neighbors import VerletPairs
+from openmm_mlff.potentials.neighbors import FIXED_PAIRS_MAX_ATOMS, VerletPairs
 from openmm_spookynet.layers import Activation, ElectronicEmbedding, Linear, ResidualBlock, ResidualMLP
 from openmm_spookynet.model import Heads, InteractionModule, SpookyNet
 
@@ -52,9 +52,24 @@ def unsupported(model: SpookyNet, batch: Batch) -> str | None:
         return f"the native code takes features in multiples of {lanes}"
     if model.long_range_method != "shifted":
         return f"the native code knows no {model.long_range_method} sums"
-    if batch.n_structures != 1 or batch.n_atoms > MOST_ATOMS:
-        return f"the native code takes one structure of up to {MOST_ATOMS} atoms"
+    if int(batch.counts.max()) > MOST_ATOMS:
+        return f"the native code takes up to {MOST_ATOMS} atoms"
+    if batch.n_structures > 1 and (
+        batch.cell is not None or batch.n_atoms > batch.n_structures * FIXED_PAIRS_MAX_ATOMS
+    ):
+        return "the native code takes one structure, or copies of an open molecule whose pair lists never change"
+    if batch.n_structures > 1 and not _alike(batch):
+        return "the native code takes one structure, or copies of it"
     return None
+
+
+def _alike(batch: Batch) -> bool:
+    """Whether all structures have the same atoms, charge and multiplicity."""
+    if len(set(batch.counts.tolist())) > 1:
+        return False
+    numbers = batch.numbers.view(batch.n_structures, -1)
+    rows = torch.stack([batch.charge, batch.multiplicity], 1)
+    return bool((numbers == numbers[:1]).all() and (rows == rows[:1]).all())
 
 
 @functools.cache
@@ -223,12 +238,12 @@ def _numbers_of(model: SpookyNet) -> np.ndarray:
     return torch.cat(values).numpy()
 
 
-def together(members: Sequence[SpookyNet], batch: Batch) -> Members | None:
-    """`Members`, or None where the native code cannot run them."""
+def together(members: Sequence[SpookyNet], batch: Batch) -> Members | Copies | None:
+    """`Members`, of copies of a molecule `Copies`, or None where the native code cannot run them."""
     reason = unsupported(members[0], batch)
     if reason is None:
         try:
-            return Members(members, batch)
+            return Members(members, batch) if batch.n_structures == 1 else Copies(members, batch)
         except (RuntimeError, OSError) as error:
             reason = str(error).removeprefix("compile: ")
     logger.info("members run one after the other: %s", reason)
@@ -329,3 +344,33 @@ class Members:
         for name in ("index", "mask", "shifts", "first", "second", "long_shifts"):
             setattr(self._numbers, name, self._tables[name].ctypes.data if name in self._tables else None)
         self._listed = batch.pairs
+
+
+class Copies:
+    """`Members` for copies of one open molecule, laid end to end: one copy after the other by the same native code.
+
+    Attributes: pairs, tolerance: see `Members`.
+    """
+
+    def __init__(self, members: Sequence[SpookyNet], batch: Batch) -> None:
+        self._n, self._size = batch.n_structures, batch.n_atoms // batch.n_structures
+        first = Batch(
+            numbers=batch.numbers[: self._size],
+            positions=batch.positions[: self._size],
+            segment=batch.segment[: self._size],
+            charge=batch.charge[:1],
+            multiplicity=batch.multiplicity[:1],
+        )
+        self._one = Members(members, first)
+        self.pairs, self.tolerance = self._one.pairs, self._one.tolerance
+
+    def arrays(
+        self, positions: np.ndarray, cell: np.ndarray | None = None, potential: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `Members.arrays`, of all copies: energies ``(n_members, n)``, forces and charges of all atoms."""
+        if positions.shape != (self._n * self._size, 3):
+            raise ValueError(f"positions: expected shape {(self._n * self._size, 3)}, got {positions.shape}")
+        each = [slice(k * self._size, (k + 1) * self._size) for k in range(self._n)]
+        found = [self._one.arrays(positions[a], None, None if potential is None else potential[a]) for a in each]
+        energies, forces, charges = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        return energies, forces, charges

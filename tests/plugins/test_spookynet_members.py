@@ -126,6 +126,24 @@ def test_evaluators_run_members_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(first, second)
 
 
+def test_copies_of_a_molecule() -> None:
+    models = [model(seed) for seed in (1, 2)]
+    first = cluster(models[0], 7, seed=7, charge=1)
+    copies = [
+        first.replace(positions=first.positions + 0.1 * np.random.default_rng(k).normal(size=(7, 3))) for k in range(3)
+    ]
+    evaluator = Ensemble(models).evaluator(copies, compile="auto")
+    energies, forces = evaluator.arrays(np.concatenate([s.positions for s in copies]))
+    assert evaluator.compiled and evaluator.spreads is not None and evaluator.spreads[1].shape == (21,)
+    for k, structure in enumerate(copies):
+        expected = alone(models, structure)
+        assert energies[k] == pytest.approx(expected[0].mean(), abs=1e-9)
+        np.testing.assert_allclose(forces[7 * k : 7 * k + 7], expected[1].mean(axis=0), atol=1e-9)
+        assert evaluator.spreads[0][k] == pytest.approx(expected[0].std(ddof=1), abs=1e-9)
+    with pytest.raises(ValueError, match="positions: expected shape"):
+        evaluator.arrays(first.positions)
+
+
 def test_wrong_code_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The first frame is compared with the torch form; after that the members run one by one."""
     arrays = members.Members.arrays
@@ -147,7 +165,8 @@ def test_where_it_stands_aside() -> None:
         energies, _ = Ensemble(models).evaluator(structures[0], compile="auto").arrays(structures[0].positions)
         assert energies[0] == pytest.approx(alone(models, structures[0])[0].mean(), abs=1e-9)
     models = [model(seed) for seed in (1, 2)]
-    assert members.together(models, models[0].batch(structures)) is None
+    other = structures[0].replace(charge=1)
+    assert members.together(models, models[0].batch([structures[0], other])) is None
     large = cluster(models[0], members.MOST_ATOMS + 1, seed=1)
     assert members.together(models, models[0].batch(large)) is None
 
