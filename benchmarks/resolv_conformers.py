@@ -30,11 +30,13 @@ from openmmml import MLPotential
 from rich.console import Console
 from rich.table import Table
 
+from openmm_mlff.data.model_file import sha256_of
 from openmm_mlff.data.molecules import embed_smiles
 from openmm_mlff.data.structures import SYMBOLS, Structure
 from openmm_mlff.sampling.replica_files import read_observables
 from openmm_mlff.sampling.replica_runs import ReplicaRun
 from openmm_mlff.sampling.replica_settings import ReplicaSettings
+from openmm_mlff.training.run import MODEL
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL, NM_PER_ANGSTROM
 
 REPLICAS, TIMESTEP, REPORT = 64, 1.0, 100
@@ -105,8 +107,9 @@ def dihedral_of(structure: Structure, atoms: tuple[int, int, int, int]) -> float
 
 
 def run(name: str, phase: str, pair: Path, ps: float) -> Path:
-    """The replicas of one molecule in one phase, or what is missing of them."""
-    case, folder = CASES[name], FOLDER / "conformers" / f"{name.replace(' ', '_')}_{phase}"
+    """The replicas of one molecule in one phase, or what is missing of them; a folder for every pair of potentials."""
+    digest = sha256_of(pair)[:8] if phase == "water" else sha256_of(FOLDER / "gfn2_vacuum" / MODEL)[:8]
+    case, folder = CASES[name], FOLDER / "conformers" / f"{name.replace(' ', '_')}_{phase}_{digest}"
     indices = torsions(case)
     first = next(iter(indices.values()))
     steps = round(1e3 * ps / TIMESTEP)
@@ -189,8 +192,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=HERE.parent / "models" / "resolv-freesolv.safetensors")
     parser.add_argument("--ps", type=float, default=100.0)
+    parser.add_argument("--only", choices=("vacuum", "water"), help="simulate this phase and report nothing")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
+    if args.only:
+        for name in args.cases:
+            print(name, run(name, args.only, args.pair, args.ps), flush=True)
+        return
     table = Table("molecule", "state", "vacuum", "water", title="Populations by the pair")
     results: dict[str, Any] = {}
     for name in args.cases:
