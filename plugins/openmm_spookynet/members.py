@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpp") / "spookynet.cpp"
 #: what native code and torch form may differ by in the forces of the first frame, eV/angstrom
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-8}
-#: of larger systems the compiled graph of each member is as fast
-MOST_ATOMS = 200
+#: its working memory is about 100 kB per atom
+MOST_ATOMS = 1000
 #: in the order of the C++ source
 CONSERVATIONS = ("uniform", "shared", "local")
 _POINTER = ctypes.c_void_p

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_mlff.data.structures import Structure
+from openmm_mlff.data.structures import Structure, collate
 from openmm_mlff.potentials import native
 from openmm_mlff.potentials.ensemble import Ensemble, EnsembleEvaluator
 from openmm_mlff.testing.systems import cluster, crystal
@@ -167,8 +167,8 @@ def test_where_it_stands_aside() -> None:
     models = [model(seed) for seed in (1, 2)]
     other = structures[0].replace(charge=1)
     assert members.together(models, models[0].batch([structures[0], other])) is None
-    large = cluster(models[0], members.MOST_ATOMS + 1, seed=1)
-    assert members.together(models, models[0].batch(large)) is None
+    grid = 1.5 * np.argwhere(np.ones((11, 11, 11)))[: members.MOST_ATOMS + 1]
+    assert members.together(models, collate([Structure(np.ones(len(grid), dtype=int), grid)])) is None
 
 
 def test_bad_input() -> None:
