@@ -44,6 +44,7 @@ from openmm_mlff._plugins import near
 from openmm_mlff.data.datasets import Dataset, split_by_group
 from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.formats import read_structures
+from openmm_mlff.data.joining import join_apart
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.training.loop import LoopOptions
 from openmm_mlff.training.losses import LossWeights
@@ -61,12 +62,15 @@ class DataOptions:
         block_size: consecutive structures that count as one group, where a file names no groups or a single one; None
             refuses structures without a group, because neighbouring frames in two splits would make errors look small.
         intact_only: leave out structures whose ``info`` says that their bonds are not intact.
+        joined: structures of two molecules far apart to be made of the training set and added to it, as a share of it
+            (see `data.joining`).
         seed: of this split; None takes the recipe's. Members of an ensemble share it.
     """
 
     fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1})
     block_size: int | None = None
     intact_only: bool = True
+    joined: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class DataOptions:
             raise ValueError(f"fractions: expected train, valid and perhaps test, got {dict(self.fractions)}")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+        if not self.joined >= 0:
+            raise ValueError(f"joined: expected a share >= 0, got {self.joined!r}")
 
 
 @dataclass(frozen=True)
@@ -220,12 +226,15 @@ def load_data(paths: Sequence[str | Path], options: DataOptions, seed: int) -> T
         _deal(rest, splits, options, seed)
     dropped = _drop_broken(splits) if options.intact_only else 0
     _check_splits(splits)
+    added = round(options.joined * len(splits["train"]))
+    splits["train"] += join_apart(splits["train"], added, seed)
     groups = {name: sorted({s.group for s in members}) for name, members in splits.items()}
     description = {
         "sources": sources,
         "structures": {name: len(members) for name, members in splits.items()},
         "groups": groups,
         "left_out_broken": dropped,
+        **({"joined": added} if added else {}),
         "split": {"by": "group", "seed": seed, "fractions": dict(options.fractions)} if rest else {"by": "dataset"},
     }
     return TrainingData(splits, description)

@@ -120,6 +120,21 @@ def test_broken_molecules_are_left_out(waters, tmp_path: Path) -> None:
     assert sum(len(m) for m in load_data([tmp_path / "data"], DataOptions(intact_only=False), 0).splits.values()) == 40
 
 
+def test_molecules_far_apart_join_the_training_set_alone(waters, tmp_path: Path) -> None:
+    structures = [s.replace(group=f"g{i // 4}") for i, s in enumerate(waters(40, seed=0))]
+    write_dataset(tmp_path / "d", structures, name="d", method={"method": "analytic"}, sampling={})
+    without = load_data([tmp_path / "d"], DataOptions(), seed=1)
+    found = load_data([tmp_path / "d"], DataOptions(joined=0.5), seed=1)
+    n = len(without.splits["train"])
+    assert len(found.splits["train"]) == n + round(0.5 * n) and found.description["joined"] == round(0.5 * n)
+    assert {len(s) for s in found.splits["train"][n:]} == {6} and "joined" not in without.description
+    for split in ("valid", "test"):
+        assert [len(s) for s in found.splits[split]] == [len(s) for s in without.splits[split]]
+    assert found.description["groups"] == without.description["groups"]
+    with pytest.raises(ValueError, match="joined: expected a share >= 0"):
+        DataOptions(joined=-0.1)
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data: expected at least one"):
         load_data([], DataOptions(), 0)
