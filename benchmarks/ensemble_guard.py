@@ -368,7 +368,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes[0].plot(run["rows"]["ps"], run["rows"]["uncertainty"], color=color, lw=0.4)
     stopped = sum(run["stopped"] is not None for run in result["in_domain"])
     axes[0].set(
-        title=f"300 K: {stopped} of {len(result['in_domain'])} runs stopped", xlabel="time (ps)", ylim=(0, None)
+        title=f"300 K: {stopped} of {len(result['in_domain'])} runs stopped",
+        xlabel="time (ps)",
+        ylim=(0, 1.1 * result["limit_eV_A"]),
     )
     axes[0].set_ylabel("largest force uncertainty (eV/Å)")
     hot = [run for run in result["runs"] if run["temperature"] == HOT]
