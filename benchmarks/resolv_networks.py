@@ -69,25 +69,27 @@ def folder(name: str) -> Path:
     return FOLDER / f"gfn2_{name}"
 
 
+def evaluated(name: str, structures: list[Structure]) -> Iterator[tuple[float, np.ndarray]]:
+    """Energy (eV) and forces (eV/angstrom) of every structure by a network, many in one batch."""
+    model = load_potential(folder(name) / MODEL).float()
+    for start in range(0, len(structures), 64):
+        block = structures[start : start + 64]
+        energies, forces = model.evaluator(block, compile=True).arrays(np.concatenate([s.positions for s in block]))
+        ends = np.cumsum([len(s) for s in block])[:-1]
+        yield from zip(energies.tolist(), np.split(forces, ends), strict=True)
+
+
 def differences() -> Dataset:
     """The vacuum network plus what implicit water changes in the labels, over all frames."""
     place = PLACE / "water-on-network"
     if (place / "card.json").exists():
         return Dataset(place)
-    model = load_potential(folder("vacuum") / MODEL).float()
 
     def labelled() -> Iterator[Structure]:
-        vacuum, water = dataset("vacuum", 2), dataset("water", 2)
-        for start in range(0, len(vacuum), 64):
-            pairs = [(vacuum[k], water[k]) for k in range(start, min(start + 64, len(vacuum)))]
-            evaluator = model.evaluator([v for v, _ in pairs], compile=True)
-            energies, forces = evaluator.arrays(np.concatenate([v.positions for v, _ in pairs]))[:2]
-            offset = 0
-            for k, (v, w) in enumerate(pairs):
-                assert np.array_equal(v.positions, w.positions)
-                here = forces[offset : offset + len(v)]
-                offset += len(v)
-                yield w.replace(energy=float(energies[k]) + w.energy - v.energy, forces=here + w.forces - v.forces)
+        vacuum, water = (dataset(name, 2).load() for name in METHODS)
+        for v, w, (energy, forces) in zip(vacuum, water, evaluated("vacuum", vacuum), strict=True):
+            assert np.array_equal(v.positions, w.positions)
+            yield w.replace(energy=energy + w.energy - v.energy, forces=forces + w.forces - v.forces)
 
     return write_dataset(
         place,
@@ -147,14 +149,12 @@ def errors(frames: dict[str, list[Structure]]) -> dict[str, float]:
     Args:
         frames: the same geometries with labels of both methods.
     """
-    vacuum, water = (load_potential(folder(name) / MODEL) for name in ("vacuum", "water"))
     by_molecule: dict[str, list[tuple[float, float, float]]] = {}
-    for v, w in zip(frames["vacuum"], frames["water"], strict=True):
+    predicted = [evaluated(name, frames["vacuum"]) for name in ("vacuum", "water")]
+    for v, w, (e_v, f_v), (e_w, f_w) in zip(frames["vacuum"], frames["water"], *predicted, strict=True):
         assert v.energy is not None and v.forces is not None and w.energy is not None and w.forces is not None
         if max(np.linalg.norm(forces, axis=1).max() for forces in (v.forces, w.forces)) > LARGEST_FORCE:
             continue
-        e_v, f_v = vacuum.energy_and_forces(v)
-        e_w, f_w = water.energy_and_forces(v)
         by_molecule.setdefault(v.group, []).append(
             (
                 float(np.abs(f_v - v.forces).mean()) / EV_PER_KCAL_PER_MOL,
