@@ -17,6 +17,7 @@ Errors: standard error over the replicas, by the ratio of weighted means (jackkn
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,12 @@ from openmmml import MLPotential
 from rich.console import Console
 from rich.table import Table
 
-from openmm_mlff.data.model_file import sha256_of
 from openmm_mlff.data.molecules import embed_smiles
 from openmm_mlff.data.structures import SYMBOLS, Structure
+from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.replica_files import read_observables
 from openmm_mlff.sampling.replica_runs import ReplicaRun
 from openmm_mlff.sampling.replica_settings import ReplicaSettings
-from openmm_mlff.training.run import MODEL
 from openmm_mlff.units import BOLTZMANN_KJ_PER_MOL, NM_PER_ANGSTROM
 
 REPLICAS, TIMESTEP, REPORT = 64, 1.0, 100
@@ -108,7 +108,9 @@ def dihedral_of(structure: Structure, atoms: tuple[int, int, int, int]) -> float
 
 def run(name: str, phase: str, pair: Path, ps: float) -> Path:
     """The replicas of one molecule in one phase, or what is missing of them; a folder for every pair of potentials."""
-    digest = sha256_of(pair)[:8] if phase == "water" else sha256_of(FOLDER / "gfn2_vacuum" / MODEL)[:8]
+    # by the numbers of the potential, because the file of a pair holds a card that changes
+    weights = b"".join(x.detach().numpy().tobytes() for x in getattr(load_potential(pair), phase).state_dict().values())
+    digest = hashlib.sha256(weights).hexdigest()[:8]
     case, folder = CASES[name], FOLDER / "conformers" / f"{name.replace(' ', '_')}_{phase}_{digest}"
     indices = torsions(case)
     first = next(iter(indices.values()))
