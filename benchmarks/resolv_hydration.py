@@ -95,7 +95,7 @@ def row_of(molecule: Molecule, outcome: Outcome) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
-    """MAE and RMSE (kcal/mol) with standard errors by bootstrap over molecules."""
+    """MAE and RMSE (kcal/mol) with standard errors by bootstrap over molecules, and the median of absolute errors."""
     apart = np.array([row[column] - row["experiment"] for row in rows])
     draws = np.random.default_rng(1).integers(0, len(apart), (2000, len(apart)))
     maes, rmses = np.abs(apart[draws]).mean(axis=1), np.sqrt((apart[draws] ** 2).mean(axis=1))
@@ -105,6 +105,7 @@ def summary(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
         "rmse": round(float(np.sqrt((apart**2).mean())), 3),
         "rmse_error": round(float(rmses.std()), 3),
         "mean_error": round(float(apart.mean()), 3),
+        "median_error": round(float(np.median(np.abs(apart))), 3),
         "molecules": len(rows),
     }
 

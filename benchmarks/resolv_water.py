@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="fused", help="of this training, a folder")
     parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: that of the labels)")
-    parser.add_argument("--start", choices=("labels", "vacuum"), default="labels", help="of the potential in water")
+    parser.add_argument("--start", default="labels", help="of the potential in water: labels, vacuum, or a model file")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--fluctuation", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -137,6 +137,8 @@ def main() -> None:
         seed=SEED % 100_000,
     )
     folder = FOLDER / f"water_{args.name}"
+    beginning = {"labels": water_start() / MODEL, "vacuum": place / MODEL}.get(args.start, Path(args.start))
+    water = load_potential(beginning)
     training = SolvationTraining(
         vacuum,
         targets,
@@ -144,7 +146,7 @@ def main() -> None:
         folder,
         resume=(folder / CONFIG).exists(),
         say=lambda s: print(s, flush=True),
-        water=load_potential(water_start() / MODEL) if args.start == "labels" else None,
+        water=water,
     )
     training.run()
     report(folder)
