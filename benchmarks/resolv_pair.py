@@ -18,7 +18,8 @@ from _resolv import FOLDER, molecules
 from resolv_water import vacuum_folder
 
 from openmm_mlff.training.run import MODEL
-from openmm_mlff.training.solvation import BEST, CONFIG, HISTORY
+from openmm_mlff.training.solvation import BEST
+from openmm_mlff.training.solvation_folder import CONFIG, HISTORY
 from openmm_resolv import save_pair
 
 PAIR = HERE.parent / "models" / "resolv-freesolv.safetensors"

@@ -32,7 +32,8 @@ from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.molecule_runs import LangevinSettings
 from openmm_mlff.training.run import MODEL
-from openmm_mlff.training.solvation import CHECKPOINT, CONFIG, HISTORY, SolvationTraining
+from openmm_mlff.training.solvation import SolvationTraining
+from openmm_mlff.training.solvation_folder import CHECKPOINT, CONFIG, HISTORY
 from openmm_mlff.training.solvation_settings import SolvationOptions, Target
 from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 

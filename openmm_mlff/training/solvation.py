@@ -25,13 +25,12 @@ errors are measured, what elements can explain of them is taken out exactly, by 
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,6 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from openmm_mlff.analysis.free_energy import LEAST_OVERLAP
-from openmm_mlff.data.datasets import digest
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.structures import Batch, Structure
 from openmm_mlff.potentials.family import load_potential, save_potential
@@ -48,15 +46,12 @@ from openmm_mlff.potentials.potential import Potential
 from openmm_mlff.training import reweighting
 from openmm_mlff.training.ensembles import Frames, intact, sample_groups
 from openmm_mlff.training.force_matching import fit_atomic_energies
+from openmm_mlff.training.solvation_folder import CHECKPOINT, FORMAT, HISTORY, claim_training
 from openmm_mlff.training.solvation_settings import SolvationOptions, Target
 from openmm_mlff.units import BOLTZMANN_EV
 
-CHECKPOINT = "checkpoint.pt"
-HISTORY = "history.json"
-CONFIG = "config.json"
 #: the parameters of the round with the least validation error
 BEST = "water.safetensors"
-FORMAT = 1
 #: how often a step is halved
 HALVINGS = 5
 
@@ -129,7 +124,7 @@ class SolvationTraining:
         self.dropped: dict[str, str] = {}
         self.history: list[dict[str, float]] = []
         self._kt = BOLTZMANN_EV * options.sampling.temperature
-        self._claim(resume)
+        claim_training(self.folder, options, targets, vacuum, self.model, resume)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         if resume and (self.folder / CHECKPOINT).exists():
@@ -378,38 +373,6 @@ class SolvationTraining:
 
     # -- the folder --------------------------------------------------------------------------------------------
 
-    def _claim(self, resume: bool) -> None:
-        wanted = {
-            "format": FORMAT,
-            "options": asdict(self.options),
-            "vacuum": _checksum(self._vacuum),
-            "water": _checksum(self.model),
-            "targets": {
-                t.name: {
-                    "split": t.split,
-                    "free_energy_eV": t.free_energy,
-                    "atoms": t.structure.formula,
-                    "start": digest([t.structure])[:16],
-                }
-                for t in self.targets.values()
-            },
-        }
-        path = self.folder / CONFIG
-        if path.exists():
-            if not resume:
-                raise FileExistsError(f"folder: {self.folder} holds a training already; resume it, or choose another")
-            found = json.loads(path.read_text(encoding="utf-8"))
-            plain = json.loads(json.dumps(wanted))
-            # how much of the machine is used decides nothing that was done before
-            for side in (found, plain):
-                for key in ("processes", "threads"):
-                    side["options"].pop(key)
-            changed = [key for key in plain if found.get(key) != plain[key]]
-            if changed:
-                raise ValueError(f"{changed[0]}: expected that of the training in {self.folder}, got another")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
-
     def _save(self) -> None:
         content = {
             "format": FORMAT,
@@ -453,11 +416,3 @@ class SolvationTraining:
             self.ensembles[name] = Ensemble(frames, k, entry["accumulated"], entry["variance"], batch, reference)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-
-
-def _checksum(model: Potential) -> str:
-    """Of all tensors of a potential."""
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
-    return total.hexdigest()
