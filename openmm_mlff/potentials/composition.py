@@ -165,14 +165,19 @@ class Composite(Potential):
             batch = [batch] if isinstance(batch, Structure) else list(batch)
             for structure in batch:
                 self.check(structure)
-        return CompositeEvaluator(self, batch, tuple(outputs), compile)
+        return self._make_evaluator(batch, tuple(outputs), compile)
+
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
+    ) -> CompositeEvaluator:
+        return CompositeEvaluator(self, batch, outputs, compile)
 
     def check_outputs(self, outputs: Sequence[str]) -> None:
-        """Refuse (`ValueError`) names that are no output, and charges."""
+        """Refuse (`ValueError`) names that are no output, and charges where there are none."""
         unknown = [name for name in outputs if name not in OUTPUTS]
         if unknown:
             raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
-        if "charges" in outputs:
+        if "charges" in outputs and not self.predicts_charges:
             raise ValueError(f"outputs: {self.family or type(self).__name__} predicts no charges")
 
     def hessian_products(self, structure: Structure, directions: np.ndarray) -> np.ndarray:

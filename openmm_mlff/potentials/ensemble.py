@@ -22,7 +22,6 @@ from torch import Tensor
 from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import Batch, Structure, collate
 from openmm_mlff.potentials.composition import Composite, CompositeEvaluator, CompositePairs, member_batch
-from openmm_mlff.potentials.evaluator import OUTPUTS, Evaluator
 from openmm_mlff.potentials.family import Family, load_potential, make_card, save_potential
 from openmm_mlff.potentials.neighbors import derive, with_pairs
 from openmm_mlff.potentials.potential import Evaluation, Members, Potential, Prediction
@@ -117,27 +116,11 @@ class Ensemble(Composite):
             self._refuse_field(batch.external_potential)
         return _mean([m.evaluate(member_batch(m, batch), forces, create_graph) for m in self.members.values()])
 
-    def evaluator(
-        self,
-        batch: Batch | Structure | Sequence[Structure],
-        outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool | str = False,
-    ) -> Evaluator:
-        """As in the base class. Spreads cost nothing more, so they are there whether or not `outputs` names them."""
-        self.check_outputs(outputs)
-        if not isinstance(batch, Batch):
-            batch = [batch] if isinstance(batch, Structure) else list(batch)
-            for structure in batch:
-                self.check(structure)
-        return EnsembleEvaluator(self, batch, tuple(outputs), compile)
-
-    def check_outputs(self, outputs: Sequence[str]) -> None:
-        """Refuse (`ValueError`) names that are no output, and charges of members without charges."""
-        unknown = [name for name in outputs if name not in OUTPUTS]
-        if unknown:
-            raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
-        if "charges" in outputs and not self.predicts_charges:
-            raise ValueError("outputs: the members of this ensemble predict no charges")
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
+    ) -> EnsembleEvaluator:
+        """Spreads cost nothing more, so they are there whether or not `outputs` names them."""
+        return EnsembleEvaluator(self, batch, outputs, compile)
 
 
 class EnsembleEvaluator(CompositeEvaluator):
