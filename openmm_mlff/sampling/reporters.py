@@ -139,7 +139,37 @@ class Imager:
         return imaged
 
 
-class TableWriter:
+class Table:
+    """A CSV file that grows while a run goes on.
+
+    Args:
+        header: names of the columns.
+        keep: rows up to this step stay; None starts a new file.
+
+    Raises `ValueError` if the file to go on from has other columns.
+    """
+
+    def __init__(self, path: str | Path, header: str, keep: int | None = None) -> None:
+        if keep is not None:
+            truncate_table(path, keep, header)
+        self._file = open(path, "w" if keep is None else "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        if keep is None:
+            self._append(header)
+
+    def _append(self, row: str) -> None:
+        self._file.write(row + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force everything to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TableWriter(Table):
     """One row per frame: step, time, energies (kJ/mol), temperature (K), volume and torsions (degrees).
 
     Args:
@@ -163,13 +193,7 @@ class TableWriter:
         self._mass, self._periodic = mass, periodic
         energies = ["potential_kJ_mol", "kinetic_kJ_mol", "total_kJ_mol", "temperature_K"]
         box = ["volume_nm3", "density_g_cm3"] if periodic else []
-        header = ",".join(["step", "time_ps", *energies, *box, *torsions])
-        if keep is not None:
-            truncate_table(path, keep, header)
-        self._file = open(path, "w" if keep is None else "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
-        if keep is None:
-            self._file.write(header + "\n")
-            self._file.flush()
+        super().__init__(path, ",".join(["step", "time_ps", *energies, *box, *torsions]), keep)
 
     def write(self, step: int, time_ps: float, potential: float, kinetic: float, temperature: float,
               positions: np.ndarray, box: np.ndarray | None) -> None:  # fmt: skip
@@ -181,16 +205,7 @@ class TableWriter:
             values += [f"{volume:.6f}", f"{self._mass / volume * 1.66053906660e-3:.6f}"]
         if len(self._atoms):
             values += [f"{angle:.4f}" for angle in dihedral(positions, self._atoms)]
-        self._file.write(",".join(values) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Force everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+        self._append(",".join(values))
 
 
 def truncate_table(path: str | Path, last_step: int, header: str) -> None:

@@ -5,7 +5,6 @@ Both read what the forces of an ensemble kept from their last evaluation; nothin
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import openmm
 from openmm import app
 
 from openmm_mlff.forces import running
-from openmm_mlff.sampling.reporters import truncate_table
+from openmm_mlff.sampling.reporters import Table
 
 HEADER = "step,time_ps,energy_uncertainty_eV,largest_force_uncertainty_eV_A,atom"
 
 
-class UncertaintyTable:
+class UncertaintyTable(Table):
     """One row per frame: step, time, uncertainty of the energy (eV), of the worst force (eV/angstrom), and its atom.
 
     Args:
@@ -29,12 +28,7 @@ class UncertaintyTable:
     """
 
     def __init__(self, path: str | Path, keep: int | None = None) -> None:
-        if keep is not None:
-            truncate_table(path, keep, HEADER)
-        self._file = open(path, "w" if keep is None else "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
-        if keep is None:
-            self._file.write(HEADER + "\n")
-            self._file.flush()
+        super().__init__(path, HEADER, keep)
 
     def write(self, step: int, time_ps: float, system: openmm.System) -> None:
         """Append the row of the last evaluation of a system's forces; atom indices are those of the system.
@@ -43,16 +37,7 @@ class UncertaintyTable:
         """
         found = running.most_uncertain(system)
         values = "nan,nan,-1" if found is None else f"{found[0]:.6g},{found[1]:.6g},{found[2]}"
-        self._file.write(f"{step},{time_ps:.6f},{values}\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Force everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+        self._append(f"{step},{time_ps:.6f},{values}")
 
 
 class UncertaintyReporter:
