@@ -30,6 +30,8 @@ CARD_FIELDS = (
     "name",
     "description",
     "domain",
+    "limits",
+    "teacher",
     "training_data",
     "training",
     "licence",

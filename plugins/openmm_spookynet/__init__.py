@@ -29,6 +29,14 @@ family = Family(
             path=WEIGHTS / "spookynet-ala2-gfn2.safetensors",
             domain="capped alanine (ACE-ALA-NME), isolated or as the ML region of ML/MM, 300-600 K, like GFN2-xTB",
         ),
+        BundledModel(
+            name="spookynet-gfn2-bio",
+            family="spookynet",
+            path=WEIGHTS / "spookynet-gfn2-bio.safetensors",
+            domain="peptides, nucleobases, sugars, small organic molecules, ions, water and clusters of these, "
+            "isolated or as the ML region of ML/MM; H Li C N O F Na Mg P S Cl K Ca Br, charges -2 to 2, "
+            "multiplicities 1 to 3, 300-700 K, like GFN2-xTB",
+        ),
     ),
 )
 
