@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mdtraj
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ def gas(frames: int, atoms: int, side: float, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0.0, side, (frames, atoms, 3))
 
 
-def test_coordination_numbers_of_a_simple_cubic_crystal():
+def test_coordination_numbers_of_a_simple_cubic_crystal() -> None:
     side = np.arange(6) * 2.0
     crystal = np.stack(np.meshgrid(side, side, side, indexing="ij"), axis=-1).reshape(1, -1, 3)
     box, everyone = np.eye(3) * 12.0, np.arange(crystal.shape[1])
@@ -24,14 +26,14 @@ def test_coordination_numbers_of_a_simple_cubic_crystal():
     np.testing.assert_allclose(found.coordination, [6, 18, 26, 32])
 
 
-def test_what_is_below_the_first_edge_counts_as_coordination():
+def test_what_is_below_the_first_edge_counts_as_coordination() -> None:
     dimer = np.array([[[0.0, 0.0, 0.0], [0.9, 0.0, 0.0], [0.0, 2.5, 0.0]]])
     found = radial_distribution(dimer, np.array([0]), np.array([1, 2]), np.array([2.0, 3.0]), density=0.1)
     assert found.coordination == pytest.approx([2.0])
     assert found.g == pytest.approx([1.0 / (4.0 / 3.0 * np.pi * (27.0 - 8.0) * 0.1)])
 
 
-def test_an_ideal_gas_has_no_structure():
+def test_an_ideal_gas_has_no_structure() -> None:
     box = np.eye(3) * 20.0
     positions, edges = gas(60, 120, 20.0), np.linspace(2.0, 10.0, 9)
     everyone = np.arange(120)
@@ -41,7 +43,7 @@ def test_an_ideal_gas_has_no_structure():
         np.testing.assert_allclose(found.g, 1.0, atol=0.05)
 
 
-def test_agrees_with_mdtraj():
+def test_agrees_with_mdtraj() -> None:
     side, edges = 16.0, np.linspace(0.0, 8.0, 17)
     positions = gas(5, 60, side, seed=2)
     centers, others = np.arange(20), np.arange(20, 60)
@@ -59,7 +61,7 @@ def test_agrees_with_mdtraj():
     np.testing.assert_allclose(found.g, g, rtol=1e-3, atol=1e-3)
 
 
-def test_in_a_triclinic_box_the_nearest_image_counts():
+def test_in_a_triclinic_box_the_nearest_image_counts() -> None:
     box = np.array([[10.0, 0.0, 0.0], [3.0, 9.0, 0.0], [-2.0, 2.0, 9.5]])
     positions = np.array([[[0.2, 0.3, 0.1], [0.2, 0.3, 0.1]]]) + np.array(
         [[0.0] * 3, box[2] + box[1] + [0.0, 1.5, 0.0]]
@@ -82,8 +84,8 @@ def test_in_a_triclinic_box_the_nearest_image_counts():
         ({"density": 0.0}, "density: expected a positive number"),
     ],
 )
-def test_bad_input(changed, message):
-    given = {
+def test_bad_input(changed: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
         "positions": np.zeros((1, 4, 3)),
         "centers": np.array([0]),
         "others": np.array([1, 2]),
