@@ -4,6 +4,7 @@ The folder of such a run::
 
     members.json          the recipe they share, and how many there are: what --resume goes on with
     member-0, member-1... the runs of the members (see `training.run`); member k has the recipe's seeds + k
+    init-0.safetensors... the members of the ensemble that the run started from, if it did
     model.safetensors     the ensemble, when all of them are trained
     test_errors.json, test_parity.png   of the ensemble (valid_* if there is no test split)
 """
@@ -17,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openmm_mlff.data import model_file
 from openmm_mlff.data.files import write_atomically
-from openmm_mlff.potentials.ensemble import save_ensemble
+from openmm_mlff.potentials.ensemble import Ensemble, member_name, save_ensemble
 from openmm_mlff.potentials.family import find_family, load_potential
 from openmm_mlff.training import loop
 from openmm_mlff.training.evaluation import compare, write_report
@@ -60,14 +62,15 @@ def train_members(
 
     Args:
         recipe, n: what they share, and how many; None takes those of the run to be resumed.
+        start: model file to start from; each member starts from its own one if it is an ensemble.
         time_limit: seconds for all members that are trained in this call.
-        data, resume, start, device, progress, card: as for `training.run.train`.
+        data, resume, device, progress, card: as for `training.run.train`.
 
     Returns the states of the members that were trained in this call or before it; the last one may be incomplete.
 
     Raises `FileExistsError` if `output` holds a run and `resume` is not set, `ValueError` for fewer than two members, a
-    family that is not trained by an optimiser, or another recipe or number than the run to be resumed has, and what
-    `train` raises.
+    family that is not trained by an optimiser, an ensemble of another number to start from, or another recipe or number
+    than the run to be resumed has, and what `train` raises.
     """
     output = Path(output)
     plan = _plan(recipe, n, output, resume, card, start)
@@ -80,16 +83,29 @@ def train_members(
         left = None if time_limit is None else time_limit - (time.monotonic() - begin)
         if left is not None and left <= 0:
             break
-        state = train(
-            member_recipe(recipe, k), data, folder, True, None if begun else start, device, progress, card,
-            time_limit=left,
-        )  # fmt: skip
+        begin_from = None if begun or start is None else _start_of(start, n, k, output)
+        state = train(member_recipe(recipe, k), data, folder, True, begin_from, device, progress, card, time_limit=left)
         states.append(state)
         if not complete(state, recipe):
             break
     if len(states) == n and complete(states[-1], recipe):
         _join(recipe, data, output, n, card)
     return states
+
+
+def _start_of(start: str | Path, n: int, k: int, output: Path) -> Path:
+    """What member `k` of `n` starts from: `start`, or its own member of an ensemble, as a file by itself."""
+    start = Path(start)
+    if not model_file.is_model_file(start):
+        return start
+    card, tensors = model_file.load(start)
+    if card["family"] != Ensemble.family:
+        return start
+    if card["config"]["n_members"] != n:
+        raise ValueError(f"init: expected an ensemble of {n} members, got one of {card['config']['n_members']}")
+    prefix = f"{member_name(k)}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return model_file.save(output / f"init-{k}.safetensors", card["members"][member_name(k)], own)
 
 
 def complete(state: loop.TrainingState, recipe: Recipe) -> bool:

@@ -23,8 +23,8 @@ import torch
 from openmm_mlff import __version__
 from openmm_mlff._plugins import near
 from openmm_mlff.analysis.plots import plot_history
+from openmm_mlff.data import model_file
 from openmm_mlff.data.files import sha256_of, write_atomically
-from openmm_mlff.data.model_file import load_card
 from openmm_mlff.potentials.composition import Composite
 from openmm_mlff.potentials.family import find_family, load_potential, save_potential
 from openmm_mlff.potentials.potential import Potential
@@ -75,6 +75,9 @@ def train(
         )
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    if resume and config["init"] is not None and not (output / loop.CHECKPOINT).exists():
+        # killed before there was a state to go on with
+        start = model_file.find(config["init"]["sha256"])
     model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
     # batches are made where the model is
     model.to(team.device)
@@ -128,7 +131,8 @@ def prepare(
     if recipe is None:
         raise ValueError(f"recipe: expected one, because {output} holds no run to be resumed, got None")
     if start is not None:
-        recipe = dataclasses.replace(recipe, model=load_card(start)["config"])
+        recipe = dataclasses.replace(recipe, model=model_file.load_card(start)["config"])
+        model_file.remember(start)
     loaded = load_data(data, recipe.data, recipe.seed)
     config = _configuration(recipe, loaded, start, card)
     write_atomically(output / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
@@ -168,7 +172,10 @@ def _resumed(recipe: Recipe | None, output: Path, start: str | Path | None) -> t
     config = json.loads((output / CONFIG).read_text(encoding="utf-8"))
     if recipe is not None:
         # options that a run from before they existed did not name have their defaults
-        _check_same(_plain(Recipe.from_dict(config["recipe"]).to_dict()), recipe.to_dict(), "recipe")
+        before = _plain(Recipe.from_dict(config["recipe"]).to_dict())
+        # a run from a model has that model's config instead of the recipe's
+        kept = {} if config["init"] is None else {"model": before["model"]}
+        _check_same(before, recipe.to_dict() | kept, "recipe")
     return Recipe.from_dict(config["recipe"]), config
 
 

@@ -124,3 +124,30 @@ def test_what_cannot_be_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main([*command(folder, more[0]), *more[1:]]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_members_go_on_from_those_of_an_ensemble(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each from its own, at the learning rate 0 of the first step of a warm-up; killed at once, it does so again."""
+    ensemble = folder / "run" / "model.safetensors"
+    recipe = [
+        *("--config", str(folder / "recipe.json"), "--steps", "1", "--learning-rate", "1e-30"),
+        *("--init", str(ensemble), "--set", "loop.ema_decay=0.5", "--set", "loop.final_learning_rate=1e-31"),
+    ]
+    assert main([*command(folder, "on"), *recipe, "--members", "2"]) == 0
+    before, after = load_potential(ensemble), load_potential(folder / "on" / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    weights = [m.state_dict()["interactions.0.local.linear.weight"] for m in after.members.values()]
+    assert not torch.equal(*weights)
+    init = json.loads((folder / "on" / "member-1" / "config.json").read_text(encoding="utf-8"))["init"]
+    assert init["file"] == "init-1.safetensors"
+    # as if it had been killed before there was a checkpoint
+    for name in ("checkpoint.pt", "model.safetensors"):
+        (folder / "on" / "member-1" / name).unlink()
+    (folder / "on" / "model.safetensors").unlink()
+    (folder / "on" / "init-1.safetensors").unlink()
+    assert main([*command(folder, "on"), "--resume"]) == 0
+    again = load_potential(folder / "on" / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), again.parameters(), strict=True))
+    capsys.readouterr()
+    assert main([*command(folder, "three"), *recipe, "--members", "3"]) == 1
+    assert "init: expected an ensemble of 3 members, got one of 2" in capsys.readouterr().err
