@@ -89,7 +89,7 @@ class Committee:
 
     def driver(self, structure: Structure) -> Driver:
         """The mean of the members."""
-        evaluator = self.load().evaluator(structure)
+        evaluator = self.load().evaluator(structure, compile="auto")
 
         def energy_and_forces(positions: np.ndarray) -> tuple[float, np.ndarray]:
             energies, forces = evaluator.arrays(positions)
@@ -132,7 +132,7 @@ class Candidates:
 def explore(argument: tuple[Structure, Committee, SelectionSettings, int], path: Path) -> dict[str, str]:
     """Run the trajectory number `k` of a round from a start, and write its frames with their spreads."""
     start, committee, settings, k = argument
-    evaluator = committee.load().evaluator(start)
+    evaluator = committee.load().evaluator(start, compile="auto")
     positions: list[np.ndarray] = []
     spreads: list[float] = []
     ended = ""
