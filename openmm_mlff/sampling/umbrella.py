@@ -51,7 +51,7 @@ class UmbrellaSettings:
         temperature: K. timestep: fs. friction: 1/ps.
         pull: ps from one window to the next. equilibration: ps in a window before frames count.
         length, interval: ps in each window, and between its frames. stretch: ps between two times that work is saved.
-        seed: of velocities and thermostat. minimization_steps: at most, of the start.
+        seed: of velocities and thermostat. minimization_steps: at most, of the start; 0 for none.
         platform: by name; None chooses.
 
     Raises `ValueError` naming the field.
@@ -350,7 +350,7 @@ def _pull(xml: str, names: tuple[str, ...], windows: Sequence[UmbrellaWindow], s
         context = _enter(xml, settings, seed_for(settings.seed, f"pull/{window.name}", 0), state)
         set_window(context, names, window, 0.0 if k else 1.0, windows[k - 1] if k else None)
         try:
-            if k == 0:
+            if k == 0 and settings.minimization_steps:  # OpenMM takes 0 for no limit
                 with running.without_force_limit(context.getSystem()):
                     openmm.LocalEnergyMinimizer.minimize(context, maxIterations=settings.minimization_steps)
                 context.setVelocitiesToTemperature(settings.temperature, seed_for(settings.seed, "start", 0))
