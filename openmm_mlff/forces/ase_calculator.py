@@ -14,7 +14,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.vibrations import VibrationsData
 
 from openmm_mlff.data.structures import Structure
-from openmm_mlff.forces.arguments import check_long_range_method
+from openmm_mlff.forces.arguments import check_compile, check_long_range_method
 from openmm_mlff.forces.force_spec import PRECISIONS
 from openmm_mlff.forces.loading import choose_device
 from openmm_mlff.potentials.family import load_potential
@@ -36,6 +36,7 @@ class MLFFCalculator(Calculator):
         device: torch's name; None takes CUDA where there is one (for a `Potential`: where it is).
         long_range_cutoff: angstrom, of the model's 1/r terms; periodic systems need one.
         long_range_method: of the charges of periodic systems: 'shifted', 'ewald' or 'pme'; None for the model's own.
+        compile: as for `Potential.evaluator`.
 
     Raises `ValueError` or `TypeError` naming the argument, here and when the calculator is asked.
     """
@@ -53,12 +54,14 @@ class MLFFCalculator(Calculator):
         device: str | None = None,
         long_range_cutoff: float | None = None,
         long_range_method: str | None = None,
+        compile: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision: expected 'single', 'double' or None, got {precision!r}")
         model = _load(potential, precision, device, long_range_cutoff, long_range_method)
         self.potential = model
+        self._compile = check_compile(compile)
         self._evaluator: Any = None
         self._evaluated: tuple[Any, ...] | None = None
         if not model.predicts_charges:
@@ -94,7 +97,7 @@ class MLFFCalculator(Calculator):
         key = (structure.numbers.tobytes(), structure.charge, structure.multiplicity, structure.cell is None)
         if key != self._evaluated:
             outputs = ["energy", "forces"] + (["charges", "dipole"] if self.potential.predicts_charges else [])
-            self._evaluator = self.potential.evaluator(structure, outputs=outputs)
+            self._evaluator = self.potential.evaluator(structure, outputs, self._compile)
             self._evaluated = key
         result = self._evaluator(structure.positions, structure.cell)
         energy = float(result.energy[0])

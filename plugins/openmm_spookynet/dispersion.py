@@ -21,6 +21,7 @@ HARTREE = 27.211386024367243  # eV
 # constants of the D4 coordination number and charge scaling
 K2, K4, K5, K6, KN = 4.0 / 3.0, 4.10451, 19.08857, 254.5553148552, 7.5
 CHARGE_STEEPNESS, WEIGHT_STEEPNESS = 3.0, 6.0
+SWITCH_WIDTH = 1.0 / 1.8897261246  # bohr; as published: 0.53 bohr
 
 #: name -> shape of the tables; the first index is the atomic number unless it says otherwise
 TABLES: dict[str, tuple[int, ...]] = {
@@ -156,7 +157,7 @@ class D4Dispersion(nn.Module):
         assert batch.long_range_pairs is not None
         count = 0.5 * fixed.polarity[pair] * torch.erfc(KN * (r / fixed.bond[pair] - 1.0))
         if limit is not None:
-            count = count * switch_off(r, limit - 1.0 / 1.8897261246, limit)  # as published: 0.53 bohr wide
+            count = count * switch_off(r, limit - SWITCH_WIDTH, limit)
         ends = torch.cat([batch.long_range_pairs.first, batch.long_range_pairs.second])
         return count.new_zeros(batch.n_atoms).index_add(0, ends, torch.cat([count, count]))
 

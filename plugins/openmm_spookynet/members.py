@@ -1,4 +1,4 @@
-"""Members of an ensemble in one call of native code: geometry once, each member's network with its derivatives by hand.
+"""SpookyNets of one config in one call of native code: geometry once, each network with its derivatives by hand.
 
 ``cpp/spookynet.cpp`` is compiled once per model size and precision (seconds) and kept on disk. It gives the numbers of
 the torch form to rounding; whether it does is looked at on the first frame of every run.
@@ -6,26 +6,23 @@ the torch form to rounding; whether it does is looked at on the first frame of e
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from openmm_mlff.data.structures import Batch
 from openmm_mlff.potentials import native
-from openmm_mlff.potentials.neighbors import FIXED_PAIRS_MAX_ATOMS, VerletPairs
-from openmm_spookynet.layers import Activation, ElectronicEmbedding, Linear, ResidualBlock, ResidualMLP
-from openmm_spookynet.model import Heads, InteractionModule, SpookyNet
+from openmm_mlff.potentials.neighbors import VerletPairs
+from openmm_spookynet.model import SpookyNet
+from openmm_spookynet.native_weights import Atoms, MemberRecord
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +41,8 @@ def unsupported(model: SpookyNet, batch: Batch) -> str | None:
     c, lanes = model.config, 64 // torch.finfo(model.dtype).bits * 8
     if model.device.type != "cpu" or native.compiler() is None:
         return "the native code needs a CPU and a C++ compiler"
-    if c.activation != "swish" or c.use_d4_dispersion or not c.use_irreps or c.charge_conservation not in CONSERVATIONS:
-        return "the native code knows the swish activation, spherical harmonics and no D4"
+    if c.activation != "swish" or not c.use_irreps or c.charge_conservation not in CONSERVATIONS:
+        return "the native code knows the swish activation and spherical harmonics only"
     if c.embed_after > 0 and c.use_nonlinear_embedding:
         return "the native code knows no nonlinear embedding after modules"
     if c.num_features % lanes or c.num_random_features % lanes:
@@ -54,22 +51,7 @@ def unsupported(model: SpookyNet, batch: Batch) -> str | None:
         return f"the native code knows no {model.long_range_method} sums"
     if int(batch.counts.max()) > MOST_ATOMS:
         return f"the native code takes up to {MOST_ATOMS} atoms"
-    if batch.n_structures > 1 and (
-        batch.cell is not None or batch.n_atoms > batch.n_structures * FIXED_PAIRS_MAX_ATOMS
-    ):
-        return "the native code takes one structure, or copies of an open molecule whose pair lists never change"
-    if batch.n_structures > 1 and not _alike(batch):
-        return "the native code takes one structure, or copies of it"
     return None
-
-
-def _alike(batch: Batch) -> bool:
-    """Whether all structures have the same atoms, charge and multiplicity."""
-    if len(set(batch.counts.tolist())) > 1:
-        return False
-    numbers = batch.numbers.view(batch.n_structures, -1)
-    rows = torch.stack([batch.charge, batch.multiplicity], 1)
-    return bool((numbers == numbers[:1]).all() and (rows == rows[:1]).all())
 
 
 @functools.cache
@@ -101,152 +83,15 @@ class _Numbers(ctypes.Structure):
     )
 
 
-class _Member(ctypes.Structure):
-    """`Member` of the C++ source, field by field."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("arrays", "blocks", "numbers", "x", "center", "spd", "attended")),
-        *((name, _POINTER) for name in ("output", "bias")),
-        *((name, _POINTER * 2) for name in ("value", "key")),
-    )
-
-
-class Weights:
-    """A member's weights in the order that the native code reads them, and its part without positions.
-
-    Attributes: record: what is handed over; valid as long as this object lives.
-    """
-
-    def __init__(self, model: SpookyNet, fixed: dict[str, Any], batch: Batch) -> None:
-        self._kept: list[np.ndarray] = []
-        self._dtype = model.dtype
-        c = model.config
-        arrays: list[int] = []
-        for t, module in enumerate(cast(list[InteractionModule], list(model.interactions))):
-            arrays += self._module(module, first=t == 0)
-        depths = [c.num_residual_local_x, c.num_residual_local_s, c.num_residual_local_p, c.num_residual_local_d]
-        depths += [c.num_residual_nonlocal_q, c.num_residual_nonlocal_k, c.num_residual_nonlocal_v, c.num_residual_pre]
-        depths += [c.num_residual_local, c.num_residual_post, c.num_residual_output, c.num_residual_electron]
-        embeddings = (model.charge_embedding, model.spin_embedding) if c.embed_after > 0 else ()
-        for embedding in embeddings:
-            arrays += self._network(cast(ResidualMLP, embedding.mlp), None)
-        messages = fixed["messages"]
-        self.record = _Member(
-            arrays=self._plain(np.array(arrays, dtype=np.uint64)),
-            blocks=self._plain(np.array(depths, dtype=np.int64)),
-            numbers=self._plain(_numbers_of(model)),
-            x=self._keep(messages.x),
-            center=self._keep(messages.center),
-            spd=self._keep(messages.spd),
-            attended=None if messages.nonlocal_ is None else self._keep(messages.nonlocal_),
-            output=self._plain(model.output.weight.detach().double().numpy()),
-            bias=self._plain(fixed["bias"].detach().double().numpy()),
-        )
-
-        for k, (embedding, amount) in enumerate(zip(embeddings, (batch.charge, batch.multiplicity - 1), strict=False)):
-            value, key = _embedded(cast(ElectronicEmbedding, embedding), amount)
-            if bool(value.any()):
-                self.record.value[k], self.record.key[k] = self._keep(value), self._keep(key)
-
-    def _plain(self, values: np.ndarray) -> int:
-        array = np.ascontiguousarray(values)
-        self._kept.append(array)
-        return int(array.ctypes.data)
-
-    def _keep(self, values: Tensor) -> int:
-        """A copy in the model's precision, aligned to cache lines; returns its address."""
-        array = values.detach().to(self._dtype).contiguous().numpy()
-        raw = np.empty(array.nbytes + 64, dtype=np.uint8)
-        start = -raw.ctypes.data % 64
-        raw[start : start + array.nbytes].view(array.dtype)[:] = array.ravel()
-        self._kept.append(raw)
-        return int(raw.ctypes.data + start)
-
-    def _module(self, module: InteractionModule, first: bool) -> list[int]:
-        found: list[int] = []
-        if not first:
-            for block in module.residual_pre:
-                found += self._block(cast(ResidualBlock, block), None)
-            for group, place in _places(module.heads):
-                found += self._network(cast(ResidualMLP, module.heads.groups[group]), place)
-            if module.attention is not None:
-                omega = module.attention.omega
-                found += [self._keep(omega), self._keep(omega.T)]
-        radial = module.radial.weight
-        # rows of radial functions in whole vectors
-        more = -radial.shape[0] % (64 // radial.element_size())
-        padded = torch.cat([radial, radial.new_zeros(more, radial.shape[1])])
-        found += [self._keep(padded), self._keep(padded.T)]
-        for projection in (module.projection_p, module.projection_d):
-            found += [self._keep(projection.weight.T), self._keep(projection.weight)]
-        found += self._network(module.local, None)
-        for block in module.residual_post:
-            found += self._block(cast(ResidualBlock, block), None)
-        return found + self._network(module.output, None)
-
-    def _network(self, network: ResidualMLP, head: int | None) -> list[int]:
-        found: list[int] = []
-        for block in network.blocks:
-            found += self._block(cast(ResidualBlock, block), head)
-        return found + self._activation(network.activation, head) + self._linear(network.linear, head)
-
-    def _block(self, block: ResidualBlock, head: int | None) -> list[int]:
-        return [
-            *self._activation(block.activation1, head),
-            *self._linear(block.linear1, head),
-            *self._activation(block.activation2, head),
-            *self._linear(block.linear2, head),
-        ]
-
-    def _activation(self, activation: Activation, head: int | None) -> list[int]:
-        return [self._keep(p if head is None else p[head]) for p in (activation.alpha, activation.beta)]
-
-    def _linear(self, linear: Linear, head: int | None) -> list[int]:
-        weight = linear.weight if head is None else linear.weight[head]
-        bias = linear.bias if head is None or linear.bias is None else linear.bias[head]
-        return [self._keep(weight), self._keep(weight.T), 0 if bias is None else self._keep(bias)]
-
-
-def _places(heads: Heads) -> list[tuple[int, int]]:
-    """For every head in order, which group of networks it is in and at which place."""
-    found = {h: (g, k) for g, members in enumerate(heads.members) for k, h in enumerate(members)}
-    return [found[h] for h in range(heads.n)]
-
-
-def _embedded(embedding: ElectronicEmbedding, amount: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of a total charge or spin ``(1,)``, and what features are multiplied by for its shares, ``(F,)`` each.
-
-    As in `ElectronicEmbedding.forward` for one structure; what is the same for all atoms is no part of the shares.
-    """
-    exact = copy.deepcopy(embedding).double()
-    a = amount.double()
-    e = torch.stack([a.relu(), (-a).relu()], -1) if embedding.signed else a.abs()[:, None]
-    key = exact.linear_q.weight.T @ exact.linear_k(e / e.clamp(min=1))[0]
-    return exact.linear_v(e)[0], key / math.sqrt(len(key))
-
-
-def _numbers_of(model: SpookyNet) -> np.ndarray:
-    """alpha of the radial functions, then power, divisor, weights and exponents of the repulsion, float64."""
-    values = [softplus(model.radial_basis.alpha_raw.detach().double())[None]]
-    repulsion = model.repulsion
-    if repulsion is not None:
-        power, divisor, weights, exponents = (
-            softplus(raw.detach().double())
-            for raw in (repulsion.power_raw, repulsion.divisor_raw, repulsion.weights_raw, repulsion.exponents_raw)
-        )
-        values += [power[None], divisor[None], weights / weights.sum(), exponents]
-    return torch.cat(values).numpy()
-
-
-def together(members: Sequence[SpookyNet], batch: Batch) -> Members | Copies | None:
-    """`Members`, of copies of a molecule `Copies`, or None where the native code cannot run them."""
+def together(members: Sequence[SpookyNet], batch: Batch) -> Members | Parts | None:
+    """`Members` of one structure, `Parts` of several, or None where the native code cannot run them."""
     reason = unsupported(members[0], batch)
     if reason is None:
         try:
-            return Members(members, batch) if batch.n_structures == 1 else Copies(members, batch)
+            return Members(members, batch) if batch.n_structures == 1 else Parts(members, batch)
         except (RuntimeError, OSError) as error:
             reason = str(error).removeprefix("compile: ")
-    logger.info("members run one after the other: %s", reason)
+    logger.info("SpookyNet runs by torch: %s", reason)
     return None
 
 
@@ -254,7 +99,7 @@ class Members:
     """``arrays(positions, cell, potential)`` of all members for the atoms of one batch.
 
     Args:
-        members: of one config. batch: one structure (see `unsupported`).
+        members: of one config; a single model is one member. batch: one structure (see `unsupported`).
 
     Attributes:
         pairs: the Verlet lists that all members share.
@@ -270,14 +115,13 @@ class Members:
         self._code = library(c.num_features, c.num_random_features, c.num_basis_functions, first.dtype)
         exact = batch.to(dtype=torch.float64).replace(external_potential=None)
         self.pairs = VerletPairs(exact, first.cutoff, first.long_range, first.long_range_cutoff)
-        with torch.no_grad():
-            self._weights = [self._pack(m, exact.to(dtype=m.dtype)) for m in members]
-        self._records = (_Member * len(members))(*(w.record for w in self._weights))
+        self._atoms = [Atoms(m, exact.to(dtype=m.dtype)) for m in members]
+        self._records = (MemberRecord * len(members))(*(a.record for a in self._atoms))
         self._shape = (len(members), batch.n_atoms, 3)
         self._periodic = batch.cell is not None
         self._z = batch.numbers.double().numpy()
         self._binomial = first.radial_basis.log_binomial.detach().double().exp().numpy()
-        self._listed: Any = None
+        self._listed: Batch | None = None
         self._tables: dict[str, np.ndarray] = {}
         self._numbers = _Numbers(
             n=batch.n_atoms,
@@ -294,10 +138,6 @@ class Members:
             total_charge=float(batch.charge[0]),
             binomial=self._binomial.ctypes.data,
         )
-
-    @staticmethod
-    def _pack(model: SpookyNet, batch: Batch) -> Weights:
-        return Weights(model, model.fixed(batch), batch)
 
     def arrays(
         self, positions: np.ndarray, cell: np.ndarray | None = None, potential: np.ndarray | None = None
@@ -328,8 +168,8 @@ class Members:
 
     def _use(self, batch: Batch, box: Tensor | None) -> None:
         """Hand over the lists of a batch, if they are new."""
-        # the pair list is the same object until it is rebuilt, which a changed box brings about too
-        if batch.pairs is self._listed:
+        # the batch is the same object until its lists are rebuilt, which a changed box brings about too
+        if batch is self._listed:
             return
         table, pairs = batch.neighbors, batch.long_range_pairs
         found = {"index": table.index.numpy(), "mask": table.mask.to(torch.uint8).numpy()}
@@ -343,34 +183,93 @@ class Members:
         self._numbers.n_long = 0 if pairs is None else len(pairs)
         for name in ("index", "mask", "shifts", "first", "second", "long_shifts"):
             setattr(self._numbers, name, self._tables[name].ctypes.data if name in self._tables else None)
-        self._listed = batch.pairs
+        self._listed = batch
 
 
-class Copies:
-    """`Members` for copies of one open molecule, laid end to end: one copy after the other by the same native code.
+class Parts:
+    """`Members` for several structures laid end to end: one after the other by the same native code.
 
-    Attributes: pairs, tolerance: see `Members`.
+    Equal molecules whose lists never change share what was made for the first of them; others have their own lists.
+
+    Attributes: pairs (`PartsPairs`), tolerance: see `Members`.
     """
 
     def __init__(self, members: Sequence[SpookyNet], batch: Batch) -> None:
-        self._n, self._size = batch.n_structures, batch.n_atoms // batch.n_structures
-        first = Batch(
-            numbers=batch.numbers[: self._size],
-            positions=batch.positions[: self._size],
-            segment=batch.segment[: self._size],
-            charge=batch.charge[:1],
-            multiplicity=batch.multiplicity[:1],
-        )
-        self._one = Members(members, first)
-        self.pairs, self.tolerance = self._one.pairs, self._one.tolerance
+        counts = batch.counts.tolist()
+        ends = np.cumsum([0, *counts]).tolist()
+        self._slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        self._parts: list[Members] = []
+        shared: dict[tuple[bytes, float, float], Members] = {}
+        for k, atoms in enumerate(self._slices):
+            one = Batch(
+                numbers=batch.numbers[atoms],
+                positions=batch.positions[atoms],
+                segment=torch.zeros_like(batch.segment[atoms]),
+                charge=batch.charge[k : k + 1],
+                multiplicity=batch.multiplicity[k : k + 1],
+                cell=None if batch.cell is None else batch.cell[k : k + 1],
+            )
+            key = one.numbers.numpy().tobytes(), float(one.charge), float(one.multiplicity)
+            part = shared.get(key) or Members(members, one)
+            if part.pairs.fixed:
+                shared[key] = part
+            self._parts.append(part)
+        self.pairs: VerletPairs = PartsPairs(self._parts, self._slices)
+        self.tolerance = self._parts[0].tolerance
+        self._shape = (batch.n_atoms, 3)
 
     def arrays(
         self, positions: np.ndarray, cell: np.ndarray | None = None, potential: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `Members.arrays`, of all copies: energies ``(n_members, n)``, forces and charges of all atoms."""
-        if positions.shape != (self._n * self._size, 3):
-            raise ValueError(f"positions: expected shape {(self._n * self._size, 3)}, got {positions.shape}")
-        each = [slice(k * self._size, (k + 1) * self._size) for k in range(self._n)]
-        found = [self._one.arrays(positions[a], None, None if potential is None else potential[a]) for a in each]
+        """As `Members.arrays`, of all structures: energies ``(n_members, n_structures)``, forces and charges of all
+        atoms; cells ``(n_structures, 3, 3)``."""
+        if positions.shape != self._shape:
+            raise ValueError(f"positions: expected shape {self._shape}, got {positions.shape}")
+        found = [
+            part.arrays(
+                positions[atoms], None if cell is None else cell[k], None if potential is None else potential[atoms]
+            )
+            for k, (part, atoms) in enumerate(zip(self._parts, self._slices, strict=True))
+        ]
         energies, forces, charges = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         return energies, forces, charges
+
+
+class PartsPairs(VerletPairs):
+    """The pair lists of several structures seen as one; each is built when its own atoms have moved.
+
+    Attributes: reference, reference_cell: of all structures whose lists change; zeros stand for others.
+    """
+
+    def __init__(self, parts: Sequence[Members], slices: Sequence[slice]) -> None:
+        self._each = [(part.pairs, atoms) for part, atoms in zip(parts, slices, strict=True)]
+
+    @property
+    def fixed(self) -> bool:  # type: ignore[override]
+        return all(pairs.fixed for pairs, _ in self._each)
+
+    @property
+    def rebuilds(self) -> int:  # type: ignore[override]
+        return max(pairs.rebuilds for pairs, _ in self._each)
+
+    @property
+    def reference(self) -> Tensor | None:  # type: ignore[override]
+        found = [(pairs.reference, atoms) for pairs, atoms in self._each]
+        if all(reference is None for reference, _ in found):
+            return None
+        whole = torch.zeros(self._each[-1][1].stop, 3, dtype=torch.float64)
+        for reference, atoms in found:
+            if reference is not None:
+                whole[atoms] = reference
+        return whole
+
+    @property
+    def reference_cell(self) -> Tensor | None:  # type: ignore[override]
+        cells = [pairs.reference_cell for pairs, _ in self._each]
+        known = [cell for cell in cells if cell is not None]
+        return torch.cat(known) if known and len(known) == len(cells) else None
+
+    def restore(self, reference: Tensor | None, cell: Tensor | None = None) -> None:
+        """As in the base class."""
+        for k, (pairs, atoms) in enumerate(self._each):
+            pairs.restore(None if reference is None else reference[atoms], None if cell is None else cell[k : k + 1])

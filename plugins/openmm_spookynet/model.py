@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from openmm_mlff.data.structures import Batch
+from openmm_mlff.data.structures import Batch, Structure
+from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.potential import Members, Potential, Prediction
 from openmm_spookynet.config import SpookyNetConfig
 from openmm_spookynet.dispersion import D4Dispersion
@@ -200,6 +201,19 @@ class SpookyNet(Potential):
         for module in self.modules():
             if isinstance(module, Activation):
                 module.native = wanted
+
+    def evaluator(
+        self,
+        batch: Batch | Structure | Sequence[Structure],
+        outputs: Sequence[str] = ("energy", "forces"),
+        compile: bool | str = False,
+    ) -> Evaluator:
+        """As in the base class; on the CPU, True and 'auto' run native code (see `fast.NativeEvaluator`)."""
+        from openmm_spookynet.fast import NativeEvaluator
+
+        if not isinstance(batch, Batch):
+            batch = self.batch(batch)
+        return NativeEvaluator(self, batch, tuple(outputs), compile)
 
     @classmethod
     def together(cls, members: Sequence[SpookyNet], batch: Batch) -> Members | None:

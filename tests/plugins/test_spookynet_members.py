@@ -165,8 +165,6 @@ def test_where_it_stands_aside() -> None:
         energies, _ = Ensemble(models).evaluator(structures[0], compile="auto").arrays(structures[0].positions)
         assert energies[0] == pytest.approx(alone(models, structures[0])[0].mean(), abs=1e-9)
     models = [model(seed) for seed in (1, 2)]
-    other = structures[0].replace(charge=1)
-    assert members.together(models, models[0].batch([structures[0], other])) is None
     grid = 1.5 * np.argwhere(np.ones((11, 11, 11)))[: members.MOST_ATOMS + 1]
     assert members.together(models, collate([Structure(np.ones(len(grid), dtype=int), grid)])) is None
 

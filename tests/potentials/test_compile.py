@@ -19,8 +19,9 @@ needs_compiler = pytest.mark.skipif(not compilation.compiler_found(), reason="no
 
 
 def small_model(dtype: torch.dtype = torch.float64) -> SpookyNet:
+    """With fewer features than its native code takes, which would run instead of a graph."""
     torch.manual_seed(3)
-    model = SpookyNet(SpookyNetConfig(num_features=8, num_basis_functions=4, num_modules=1, num_random_features=8))
+    model = SpookyNet(SpookyNetConfig(num_features=4, num_basis_functions=4, num_modules=1, num_random_features=4))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -1,5 +1,6 @@
 // Pairs of atoms: distances, radial and angular functions, short-range repulsion, electrostatics, and their derivatives.
 #pragma once
+#include <array>
 #include <cmath>
 #include "vectors.hpp"
 
@@ -127,10 +128,17 @@ inline double repulsion(const Numbers& c, const double* parameters, const Pairs&
     return energy;
 }
 
+// from 1 to 0 between on and off, and its slope
+inline std::array<double, 2> switch_off(double r, double on, double off) {
+    const double t = (r - on) / (off - on), low = 1e-3, place = std::fmin(std::fmax(t, low), 1 - low);
+    const double s = 1 / (1 + std::exp(1 / (1 - place) - 1 / place));
+    const bool moves = t > low && t < 1 - low;
+    return {s, moves ? s * (1 - s) * (-1 / (t * t) - 1 / ((1 - t) * (1 - t))) / (off - on) : 0.0};
+}
+
 // Coulomb energy of the charges, damped at short range and shifted at a cutoff; adds to dq and the gradient
 inline double electrostatics(const Numbers& c, const double* q, double* dq, double* gradient) {
-    const double on = 0.25 * c.cutoff, off = 0.75 * c.cutoff, limit = c.long_cutoff;
-    const double root = std::sqrt(limit * limit + 1);
+    const double limit = c.long_cutoff, root = std::sqrt(limit * limit + 1);
     double energy = 0;
     for (int64_t k = 0; k < c.n_long; ++k) {
         const int64_t i = c.first[k], j = c.second[k];
@@ -141,10 +149,7 @@ inline double electrostatics(const Numbers& c, const double* q, double* dq, doub
         }
         const double r = std::sqrt(r2);
         if (limit > 0 && r >= limit) continue;
-        const double t = (r - on) / (off - on), low = 1e-3, place = std::fmin(std::fmax(t, low), 1 - low);
-        const double s = 1 / (1 + std::exp(1 / (1 - place) - 1 / place));
-        const bool moves = t > low && t < 1 - low;
-        const double rise = moves ? s * (1 - s) * (-1 / (t * t) - 1 / ((1 - t) * (1 - t))) / (off - on) : 0.0;
+        const auto [s, rise] = switch_off(r, 0.25 * c.cutoff, 0.75 * c.cutoff);
         double far = 1 / r, near = 1 / std::sqrt(r2 + 1);
         double far_slope = -far * far, near_slope = -r * near * near * near;
         if (limit > 0) {

@@ -1,6 +1,6 @@
 // The network of one member: its weights, the descriptor of every atom, and the descriptor's derivatives by hand.
 #pragma once
-#include "geometry.hpp"
+#include "dispersion.hpp"
 
 namespace {
 
@@ -12,6 +12,7 @@ struct Member {
     const real *x, *center, *spd, *nonlocal;  // messages of the first module
     const double *output, *bias;      // (2 or 3, F), (n, 2 or 3)
     const real *value[2], *key[2];    // of the embeddings of charge and spin after modules, (F); null where it is zero
+    const D4* d4;                     // or null
 };
 
 struct Module {

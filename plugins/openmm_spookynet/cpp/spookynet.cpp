@@ -1,4 +1,4 @@
-// SpookyNet for many members of an ensemble: energies, forces and charges of one structure, each member's in turn.
+// SpookyNet, alone or as members of an ensemble: energies, forces and charges of one structure, each member's in turn.
 // Compiled at run time with the model's sizes (FEATURES, RANDOM, RADIAL) and precision (REAL); see members.py, and
 // model.py for the same network in torch, line by line.
 #include "network.hpp"
@@ -85,6 +85,7 @@ extern "C" void spookynet_members(const Numbers* numbers, int64_t n_members, con
         conserve(c, pairs, net.data(), net.data() + n, q_out);
         if (c.repulsion) energy += repulsion(c, member.numbers + 1, pairs, dr.data());
         if (c.electrostatics) energy += electrostatics(c, q_out, dcharges.data(), gradient.data());
+        if (member.d4) energy += Dispersion(c, *member.d4).energy(q_out, dcharges.data(), gradient.data());
         if (c.potential)
             for (int i = 0; i < n; ++i) {
                 energy += q_out[i] * c.potential[i];
