@@ -55,7 +55,15 @@ from openmm_mlff.analysis.distributions import floor, wasserstein
 from openmm_mlff.analysis.observables import energy_drift, mean_with_error
 from openmm_mlff.data.files import sha256_of
 
-PARTS = {"zwitterion": ("zwitterion",), "bridge": ("bridge",), "droplet": ("sodium", "chloride")}
+#: systems of each part; the two droplets can be made at a time, too
+PARTS = {
+    "zwitterion": ("zwitterion",),
+    "bridge": ("bridge",),
+    "droplet": ("sodium", "chloride"),
+    "sodium": ("sodium",),
+    "chloride": ("chloride",),
+}
+EVERYTHING = ("zwitterion", "bridge", "droplet", "drift", "figure")
 #: ps that are left out at the start, of runs by the model and by GFN2-xTB
 RELAXATION, REFERENCE_RELAXATION = 10.0, 2.0
 PIECE, REFERENCE_PIECE = 5.0, {"zwitterion": 1.0, "bridge": 0.5, "sodium": 0.5, "chloride": 0.5}
@@ -162,6 +170,16 @@ def compare(it: Subject, ours: Record, theirs: Record) -> dict[str, Any]:
     return result
 
 
+def more_waters(section: dict[str, Any]) -> dict[str, Any]:
+    """Waters in first shells: the model's run less GFN2-xTB's."""
+    found = {}
+    for name, ours in section["model"]["shells"].items():
+        a, b = ours["waters_within"], section["gfn2"]["shells"][name]["waters_within"]
+        error = float(np.hypot(a["error"], b["error"]))
+        found[name] = {"value": round(a["value"] - b["value"], 2), "error": round(error, 2)}
+    return found
+
+
 def analyse(name: str, model: Path, work: Path, runs: Path) -> dict[str, Any]:
     """Everything about one system; sections are missing where their runs are."""
     it, record, reference = subject(name, work), read(runs / name), read(work / "gfn2" / name)
@@ -186,7 +204,7 @@ def analyse(name: str, model: Path, work: Path, runs: Path) -> dict[str, Any]:
         theirs = later(reference, REFERENCE_RELAXATION)
         result["gfn2"] = common(it, reference, theirs)
         if settled is not None:
-            result["apart"] = compare(it, settled, theirs)
+            result["apart"] = {**compare(it, settled, theirs), "waters_within": more_waters(result)}
     return result
 
 
@@ -254,9 +272,8 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*PARTS, "drift", "figure"]
     parser.add_argument("--model", type=Path, help="model file; without it only references are made")
-    parser.add_argument("--part", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, "drift", "figure"], default=EVERYTHING)
     parser.add_argument("--ps", type=float, default=200.0, help="of each run by the model")
     parser.add_argument("--reference-ps", type=float, default=0.0, help="of runs by GFN2-xTB; 0 takes what is there")
     parser.add_argument("--analyse", action="store_true", help="make no runs")
@@ -281,7 +298,7 @@ def main() -> None:
             write_summary(runs / "drift.json", analyse_drift(runs))
         for name in PARTS.get(part, ()):
             write_summary(runs / f"{name}.json", analyse(name, arguments.model, work, runs))
-    names = [*(n for part in PARTS.values() for n in part), "drift"]
+    names = ["zwitterion", "bridge", "sodium", "chloride", "drift"]
     there = [name for name in names if (runs / f"{name}.json").exists()]
     result = {name: json.loads((runs / f"{name}.json").read_text(encoding="utf-8")) for name in there}
     report(result)
