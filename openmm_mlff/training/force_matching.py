@@ -21,6 +21,9 @@ from openmm_mlff.training.compiled_loss import LossFunction
 from openmm_mlff.training.losses import ALL_TERMS, TERMS, LossWeights, weighted_loss
 from openmm_mlff.training.parallel import ParallelLoss, make_loss
 
+#: eV per atom between labels and a trained model's energies, beyond which the labels are of another method
+FOREIGN = 1.0
+
 
 def fit_atomic_energies(structures: Sequence[Structure], residuals: np.ndarray) -> dict[int, float]:
     """Energy per element that explains `residuals` best, by least squares (the smallest solution if not unique).
@@ -53,7 +56,8 @@ class ForceMatching:
         batch_atoms: atoms per step, for data of many sizes (see `LabelledSet.epoch`); `batch_size` is then a bound.
         compile: compute loss and gradients by a compiled graph (`CompiledLoss`); eager where that cannot be done.
         processes: share each batch between so many processes with one thread each (`ParallelLoss`; CPU only).
-        fit_energies: fit element energies before training (not for a model that was trained before).
+        fit_energies: fit element energies before training (not for a model that was trained before on labels of the
+            same method; `ValueError` if the labels are more than `FOREIGN` eV/atom away from such a model).
         native: let the model use C++ kernels that have second derivatives, where its family has them.
     """
 
@@ -96,8 +100,7 @@ class ForceMatching:
                 raise ValueError(f"weights: {name} has a weight above 0, but {model.family} predicts no charges")
         self.batch_size, self.batch_atoms, self.seed = batch_size, batch_atoms, seed
         model.native_training = native
-        if fit_energies:
-            self._fit_energies(model, train)
+        self._meet_energies(model, train, fit_energies)
         self.train_set, self.valid_set = LabelledSet(train, model), LabelledSet(valid, model)
         self._compile, self._processes = compile, processes
         self._single: LossFunction | None = None
@@ -166,7 +169,8 @@ class ForceMatching:
 
     # -- before the first step -------------------------------------------------------------------------------
 
-    def _fit_energies(self, model: Potential, train: Sequence[Structure]) -> None:
+    def _meet_energies(self, model: Potential, train: Sequence[Structure], fit: bool) -> None:
+        """Shift the energies of elements to those of the labels, or refuse labels of another method."""
         known = [s for s in train if s.energy is not None]
         if not known:
             return
@@ -180,7 +184,16 @@ class ForceMatching:
             with torch.no_grad():
                 predicted = model(part.batch).energy
             residuals[indices] = (part.labels.energy - predicted).cpu().numpy()
-        model.shift_atomic_energies(fit_atomic_energies(known, residuals))
+        if fit:
+            model.shift_atomic_energies(fit_atomic_energies(known, residuals))
+            return
+        off = float(np.median(np.abs(residuals) / [len(s) for s in known]))
+        if off > FOREIGN:
+            raise ValueError(
+                f"fit_energies: energies of the labels are {off:.3g} eV/atom away from the model's, as those of "
+                "another method are; expected true (energies of elements are fitted first) or labels of the model's "
+                "method, got false"
+            )
 
 
 def evaluate_batch(model: Any, labelled: LabelledBatch, create_graph: bool = False) -> Evaluation:

@@ -10,6 +10,7 @@ A recipe holds everything that decides a training but the data::
     compile = true            # one compiled graph of the loss and its gradients; same numbers, fewer milliseconds
     threads = 1
     processes = 3             # that share each batch, with one thread each
+    fit_energies = true       # also where a training starts from a model: needed for labels of another method
 
     [model]                   # the family's config; `elements` are those of the training set if not given
     num_modules = 2
@@ -95,6 +96,7 @@ class Recipe:
         batch_size: structures per step. batch_atoms: atoms per step, see `training.batching.LabelledSet.epoch`.
         native: let the model train with C++ kernels that have second derivatives.
         compile: see `training.compiled_loss`. processes: that share each batch, see `training.parallel`.
+        fit_energies: fit energies of elements before the first step; None does so unless training starts from a model.
     """
 
     family: str = "spookynet"
@@ -111,6 +113,7 @@ class Recipe:
     native: bool = False
     threads: int | None = None
     processes: int = 1
+    fit_energies: bool | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
@@ -152,6 +155,8 @@ class Recipe:
         if self.data.seed is None:
             # as it was stored before there was a choice
             del content["data"]["seed"]
+        if self.fit_energies is None:
+            del content["fit_energies"]
         return content
 
 

@@ -81,7 +81,7 @@ def train(
     model = _new_model(recipe, loaded) if start is None else _started_model(recipe, start)
     # batches are made where the model is
     model.to(team.device)
-    method = _method(recipe, model, loaded, fit_energies=start is None)
+    method = _method(recipe, model, loaded, start is None if recipe.fit_energies is None else recipe.fit_energies)
     details = {"training_data": loaded.description, "training": config["recipe"], "init": config["init"]}
     details |= config["card"]
 

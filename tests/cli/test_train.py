@@ -161,6 +161,35 @@ def test_training_goes_on_from_a_model(run: Path) -> None:
     assert main(command(run, "tuned", "--resume", config=False)) == 0
 
 
+def test_labels_of_another_method_need_energies_of_their_elements(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Energies on the scale of another method are refused, unless what the elements differ by is fitted first."""
+    model = run / "run" / "model.safetensors"
+    of_element = {1: -13.0, 8: -2000.0}
+    shifted = [s.replace(energy=(s.energy or 0.0) + sum(of_element[int(z)] for z in s.numbers)) for s in molecules(32)]
+    write_dataset(run / "other", shifted, name="other", method={}, sampling={})
+    split_dataset(run / "other", {"train": 0.6, "valid": 0.4}, seed=1)
+    begin = [
+        "train",
+        "--data",
+        str(run / "other"),
+        "--config",
+        str(run / "recipe.json"),
+        "--quiet",
+        "--init",
+        str(model),
+    ]
+    begin += ["--steps", "1", "--learning-rate", "1e-9"]
+    assert main([*begin, "--output", str(run / "refused")]) == 1
+    assert "eV/atom away from the model's" in capsys.readouterr().err
+    assert main([*begin, "--output", str(run / "moved"), "--set", "fit_energies=true"]) == 0
+    moved, first = load_potential(run / "moved" / "model.safetensors"), load_potential(model)
+    for s in shifted[:3]:
+        difference = moved.energy_and_forces(s)[0] - first.energy_and_forces(s)[0]
+        assert difference == pytest.approx(sum(of_element[int(z)] for z in s.numbers), abs=1.5)
+
+
 @pytest.mark.slow
 def test_two_devices_train_what_two_processes_train(run: Path) -> None:
     """Fabric's processes and those of `ParallelLoss` add up the same parts; sizes are mixed in every batch."""
