@@ -20,6 +20,8 @@ FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-std=c++17", "-shared", "-fPIC"),
 )
+#: where headers lie that families share
+INCLUDE = Path(__file__).parent
 #: programs that are written before a compiler and start it
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
@@ -51,6 +53,17 @@ def compiler_program() -> str | None:
 def _program_at(words: Sequence[str]) -> int:
     """Which word of a command is the compiler."""
     return next((k for k, word in enumerate(words) if os.path.basename(word) not in LAUNCHERS), len(words))
+
+
+def with_headers(folder: Path) -> tuple[str, ...]:
+    """Flags for a source that includes the headers of its folder and those that families share (``pool.hpp``).
+
+    What is in them belongs to the key under which a library is kept, so it is among the flags.
+    """
+    digest = hashlib.sha256()
+    for header in [*sorted(folder.glob("*.hpp")), *sorted(INCLUDE.glob("*.hpp"))]:
+        digest.update(header.read_bytes())
+    return "-pthread", f"-I{INCLUDE}", f"-DHEADERS=0x{digest.hexdigest()[:8]}"
 
 
 @functools.cache

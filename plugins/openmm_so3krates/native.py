@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-import hashlib
 import math
 import weakref
 from pathlib import Path
@@ -45,16 +44,12 @@ def unsupported(model: SO3krates) -> str | None:
 @functools.cache
 def library(features: int, heads: int, degrees: tuple[int, ...], dtype: torch.dtype) -> ctypes.CDLL:
     """The engine for one model size and precision; raises `RuntimeError` if it cannot be compiled."""
-    digest = hashlib.sha256()
-    for header in sorted(SOURCE.parent.glob("*.hpp")):
-        digest.update(header.read_bytes())
     flags = (
         *native.FLAGS,
-        *("-pthread", "-Wno-psabi"),
+        *native.with_headers(SOURCE.parent),
+        "-Wno-psabi",
         f"-DREAL={'float' if dtype == torch.float32 else 'double'}",
         *(f"-DFEATURES={features}", f"-DHEADS={heads}", f"-DDEGREES={','.join(map(str, degrees))}"),
-        # headers belong to the key under which the library is kept
-        f"-DHEADERS=0x{digest.hexdigest()[:8]}",
     )
     code = native.library(SOURCE, flags)
     for name in ("layer_arrays", "lanes", "forward", "backward", "bytes"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
@@ -31,6 +30,8 @@ SOURCE = Path(__file__).with_name("cpp") / "spookynet.cpp"
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-8}
 #: its working memory is about 100 kB per atom
 MOST_ATOMS = 1000
+#: fewer atoms than this do not keep a thread busy
+ATOMS_PER_THREAD = 24
 #: in the order of the C++ source
 CONSERVATIONS = ("uniform", "shared", "local")
 _POINTER = ctypes.c_void_p
@@ -57,14 +58,9 @@ def unsupported(model: SpookyNet, batch: Batch) -> str | None:
 @functools.cache
 def library(features: int, random: int, radial: int, dtype: torch.dtype) -> ctypes.CDLL:
     """The native code for one model size and precision; raises `RuntimeError` if it cannot be compiled."""
-    digest = hashlib.sha256()
-    for header in sorted(SOURCE.parent.glob("*.hpp")):
-        digest.update(header.read_bytes())
     real = {torch.float32: "float", torch.float64: "double"}[dtype]
     sizes = (f"-DFEATURES={features}", f"-DRANDOM={random}", f"-DRADIAL={radial}", f"-DREAL={real}")
-    # headers belong to the key under which the library is kept
-    flags = (*native.FLAGS, *sizes, "-Wno-attributes", f"-DHEADERS=0x{digest.hexdigest()[:8]}")
-    code = native.library(SOURCE, flags)
+    code = native.library(SOURCE, (*native.FLAGS, *native.with_headers(SOURCE.parent), *sizes, "-Wno-attributes"))
     code.spookynet_members.restype = None
     code.spookynet_members.argtypes = [_POINTER, ctypes.c_int64, *[_POINTER] * 4]
     return code
@@ -76,6 +72,7 @@ class _Numbers(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n", "slots", "n_long", "modules", "embed_after", "exp_weighting")),
         *((name, ctypes.c_int64) for name in ("attention", "conservation", "repulsion", "electrostatics")),
+        ("threads", ctypes.c_int64),
         *((name, _POINTER) for name in ("index", "mask", "shifts", "first", "second", "long_shifts")),
         *((name, _POINTER) for name in ("positions", "z", "potential")),
         *((name, ctypes.c_double) for name in ("cutoff", "long_cutoff", "total_charge")),
@@ -158,6 +155,7 @@ class Members:
         phi = None if potential is None else np.ascontiguousarray(potential, dtype=np.float64)
         if phi is not None and phi.shape != exact.shape[:1]:
             raise ValueError(f"potential: expected shape {exact.shape[:1]}, got {phi.shape}")
+        self._numbers.threads = max(1, min(torch.get_num_threads(), len(exact) // ATOMS_PER_THREAD))
         self._numbers.positions = exact.ctypes.data
         self._numbers.potential = None if phi is None else phi.ctypes.data
         m = self._shape[0]

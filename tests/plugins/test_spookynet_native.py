@@ -175,6 +175,25 @@ def test_copies_with_lists_of_their_own() -> None:
     np.testing.assert_allclose(energies, net.energy_and_forces(first)[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, BIO], ids=["published", "bio"])
+def test_no_number_depends_on_threads(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "ATOMS_PER_THREAD", 5)
+    net = model(1, **options)
+    structure = cluster(net, 37, seed=2, charge=1)
+    one = members.Members([net], net.batch(structure))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(one.arrays(structure.positions, None, np.linspace(-1.0, 1.0, 37)))
+            assert one._numbers.threads == threads
+    finally:
+        torch.set_num_threads(before)
+    for others in zip(*found, strict=True):
+        for other in others[1:]:
+            np.testing.assert_array_equal(other, others[0])
+
+
 def test_changed_weights_are_packed_again() -> None:
     net = model(1)
     structure = cluster(net, 5, seed=1)

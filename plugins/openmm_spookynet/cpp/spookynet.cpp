@@ -64,13 +64,17 @@ extern "C" int64_t spookynet_lanes() { return L; }
 extern "C" void spookynet_members(const Numbers* numbers, int64_t n_members, const Member* members, double* energies,
                                   double* forces, double* charges) {
     const Numbers& c = *numbers;
-    const Pairs pairs = find_pairs(c);
     static thread_local Arena arena;
+    static thread_local std::vector<Arena> scratch;
+    if (scratch.size() < size_t(c.threads)) scratch.resize(c.threads);
+    const Groups groups{int(c.threads), scratch};
+    const Pairs pairs = find_pairs(c, groups);
+    const std::vector<Coulomb> far = coulomb(c, groups);
     const int n = int(c.n), outputs = c.conservation == UNIFORM ? 2 : 3;
     for (int64_t m = 0; m < n_members; ++m) {
         const Member& member = members[m];
         arena.back({0, 0});
-        Evaluation evaluation(c, pairs, member, arena);
+        Evaluation evaluation(c, pairs, member, groups, arena);
         real* f = arena.zeros(size_t(n) * F);
         evaluation.descriptor(f);
         double energy = 0, *q_out = charges + m * n;
@@ -83,8 +87,8 @@ extern "C" void spookynet_members(const Numbers* numbers, int64_t n_members, con
                 else net[(o - 1) * n + i] = value;
             }
         conserve(c, pairs, net.data(), net.data() + n, q_out);
-        if (c.repulsion) energy += repulsion(c, member.numbers + 1, pairs, dr.data());
-        if (c.electrostatics) energy += electrostatics(c, q_out, dcharges.data(), gradient.data());
+        if (c.repulsion) energy += repulsion(c, member.numbers + 1, pairs, groups, dr.data());
+        energy += electrostatics(c, far, q_out, dcharges.data(), gradient.data());
         if (member.d4) energy += Dispersion(c, *member.d4).energy(q_out, dcharges.data(), gradient.data());
         if (c.potential)
             for (int i = 0; i < n; ++i) {

@@ -145,8 +145,8 @@ inline void dense(int n, const real* x, const real* w, const real* bias, bool ad
     product<F>(n, F, x, F, 1, w, F, bias, add, y, F);
 }
 
-// y = network(x); slopes of all activations are kept for `backward`
-inline void forward(const Network& net, int n, const real* x, real* y, real* slopes, Arena& arena) {
+// y = network(x) for n rows; slopes of all activations are kept for `backward`, `stride` numbers apart
+inline void forward(const Network& net, int n, const real* x, real* y, real* slopes, size_t stride, Arena& arena) {
     const Arena::Mark mark = arena.mark();
     const size_t size = size_t(n) * F;
     real *here = arena.take(size), *a = arena.take(size), *h = arena.take(size);
@@ -154,12 +154,12 @@ inline void forward(const Network& net, int n, const real* x, real* y, real* slo
     for (const Block& b : net.blocks) {
         activate(b.first, n, here, a, slopes);
         dense(n, a, b.linear1.weight, b.linear1.bias, false, h);
-        activate(b.second, n, h, a, slopes + size);
+        activate(b.second, n, h, a, slopes + stride);
         dense(n, a, b.linear2.weight, nullptr, true, here);
         if (b.linear2.bias)
             for (int i = 0; i < n; ++i)
                 for (int v = 0; v < F; v += L) store(here + i * F + v, load(here + i * F + v) + load(b.linear2.bias + v));
-        slopes += 2 * size;
+        slopes += 2 * stride;
     }
     if (net.stack) {
         std::memcpy(y, here, size * sizeof(real));
@@ -170,28 +170,33 @@ inline void forward(const Network& net, int n, const real* x, real* y, real* slo
     arena.back(mark);
 }
 
-// dx += (dy/dx)^T dy
-inline void backward(const Network& net, int n, const real* dy, const real* slopes, real* dx, Arena& arena) {
+// dx (+)= (dy/dx)^T dy for n rows
+inline void backward(const Network& net, int n, const real* dy, const real* slopes, size_t stride, bool add, real* dx,
+                     Arena& arena) {
     const Arena::Mark mark = arena.mark();
     const size_t size = size_t(n) * F;
     real *here = arena.take(size), *a = arena.take(size), *h = arena.take(size);
-    slopes += net.slopes() * size;
+    slopes += net.slopes() * stride;
     if (net.stack) {
         std::memcpy(here, dy, size * sizeof(real));
     } else {
-        slopes -= size;
+        slopes -= stride;
         dense(n, dy, net.linear.transposed, nullptr, false, here);
         times(n, slopes, here);
     }
     for (size_t b = net.blocks.size(); b-- > 0;) {
         const Block& block = net.blocks[b];
-        slopes -= 2 * size;
+        slopes -= 2 * stride;
         dense(n, here, block.linear2.transposed, nullptr, false, a);
-        times(n, slopes + size, a);
+        times(n, slopes + stride, a);
         dense(n, a, block.linear1.transposed, nullptr, false, h);
         times(n, slopes, h);
         for (size_t i = 0; i < size; i += L) store(here + i, load(here + i) + load(h + i));
     }
-    for (size_t i = 0; i < size; i += L) store(dx + i, load(dx + i) + load(here + i));
+    if (add) {
+        for (size_t i = 0; i < size; i += L) store(dx + i, load(dx + i) + load(here + i));
+    } else {
+        std::memcpy(dx, here, size * sizeof(real));
+    }
     arena.back(mark);
 }
