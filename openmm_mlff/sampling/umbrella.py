@@ -271,7 +271,7 @@ def sample_windows(
         tasks.update(_next(xml, names, window, settings, record, folder))
 
     def keep(name: str, result: WindowRun) -> Mapping[str, Stretch]:
-        window = next(w for w in windows if w.name == name.partition("+")[0])
+        window = next(w for w in windows if w.name == name.rpartition("@")[0])
         path = folder / "windows" / f"{window.name}.safetensors"
         (WindowRun.read(path).joined(result) if path.exists() else result).write(path)
         return _next(xml, names, window, settings, record, folder)
@@ -332,7 +332,7 @@ def _next(xml: str, names: tuple[str, ...], window: UmbrellaWindow, settings: Um
     seed = seed_for(settings.seed, f"umbrella/{window.name}", done)
     equilibration = 0 if begun else settings.steps(settings.equilibration)
     task = Stretch(xml, names, window, settings, start.bare(), equilibration, frames, record, seed)
-    return {f"{window.name}+{done}": task}
+    return {f"{window.name}@{done}": task}
 
 
 def _pull(xml: str, names: tuple[str, ...], windows: Sequence[UmbrellaWindow], settings: UmbrellaSettings,

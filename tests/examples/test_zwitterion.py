@@ -1,0 +1,97 @@
+"""The example of a proton that moves in water: its machinery in a few steps, and what it makes of known samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from openmm_mlff.analysis.umbrella import Bias, Reweighted
+from openmm_mlff.potentials.family import find_family
+from openmm_mlff.sampling.umbrella import WindowRun
+
+NAME = "08_zwitterion_in_water.py"
+
+
+@pytest.fixture(scope="module")
+def example(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("zwitterion_in_water", repository / "examples" / NAME)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["zwitterion_in_water"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(shared: Path) -> str:
+    """The model for which the example is, or the published one where it is not there."""
+    shipped = [m for m in find_family("spookynet").bundled if m.name == "spookynet-gfn2-bio" and m.path.is_file()]
+    return shipped[0].name if shipped else str(shared / "models" / "spookynet_parameters.pth")
+
+
+def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [NAME, *map(str, arguments)])
+    example.main()
+
+
+def test_a_few_steps(
+    example: ModuleType,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(example, monkeypatch, "--quick", "--model", model, "--output", tmp_path)
+    said = capsys.readouterr().out
+    # in vacuum GFN2-xTB has no zwitterion: a carboxylic acid has an O-H bond of 0.97 to 1.0 angstrom
+    gone = re.search(r"GFN2-xTB +(-[\d.]+) kcal/mol; then N-H ([\d.]+) Å, O-H ([\d.]+) Å", said)
+    assert gone is not None and float(gone[1]) < -10 and float(gone[2]) > 1.6 and 0.95 < float(gone[3]) < 1.02
+    rows = re.findall(r"^(zwitterion|transfer\S+|turn\d+) +([+-][\d.]+) \+-", said, re.MULTILINE)
+    assert [name for name, _ in rows] == [
+        "zwitterion", "transfer-0.750", "transfer-0.250", "transfer+0.250", "transfer+0.750", "turn0", "turn90",
+        "turn180",
+    ]  # fmt: skip
+    found = re.search(r"less zwitterion in water: ([+-][\d.]+) \+- ([\d.]+) kcal/mol", said)
+    assert found is not None and float(found[2]) > 0
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    runs = [WindowRun.read(path) for path in (tmp_path / "windows").iterdir()]
+    assert len(runs) == 8 and all(run.recorded.shape == (20, 10, 3) for run in runs)
+    # the pull led the proton all the way, and the recorded positions are those of the coordinates
+    first = WindowRun.read(tmp_path / "windows" / "zwitterion.safetensors")
+    x = first.recorded.astype(np.float64)
+    transfer = np.linalg.norm(x[:, 5] - x[:, 0], axis=1) - np.linalg.norm(x[:, 5] - x[:, 3], axis=1)
+    np.testing.assert_allclose(transfer, first.values[:, 0], atol=1e-4)
+    assert float(rows[0][1]) < -0.4 < float(rows[-1][1])
+
+
+def test_one_of_six_neutral_molecules_is_sampled(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    # as many frames on both sides, and twice as many of the neutral ones with the hydroxyl group turned away
+    transfer = np.concatenate([rng.uniform(-0.9, -0.1, 600), rng.uniform(0.1, 1.0, 600)])
+    turn = np.concatenate([np.zeros(600), np.tile([10.0, 170.0, 170.0], 200)])
+    values = np.stack([transfer, turn], axis=1)
+    order = rng.permutation(1200)
+    same = (Bias.umbrella(0.0, 1e-9), None)
+    samples = Reweighted.of([same, same], [values[order[:600]], values[order[600:]]], 298.15)
+    regions = example.Regions(samples.values[:, 0], samples.values[:, 1])
+    example.report(samples, regions)
+    said = capsys.readouterr().out
+    # -RT ln 6 and -RT ln 2 at 298.15 K
+    found = re.search(r"less zwitterion in water: ([+-][\d.]+) \+- ([\d.]+)", said)
+    assert found is not None and float(found[1]) == pytest.approx(-1.06, abs=0.011) and float(found[2]) < 0.06
+    assert re.search(r"turned away less towards the nitrogen: -0\.41 ", said)
+    example.draw(samples, regions, tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+
+
+def test_what_it_says_without_a_model(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="There is no file at"):
+        run(example, monkeypatch, "--model", tmp_path / "none.safetensors", "--output", tmp_path)
