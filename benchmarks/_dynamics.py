@@ -5,6 +5,7 @@ Driven by a model file or by GFN2-xTB, with the same integrator, thermostat, mas
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from dataclasses import dataclass
@@ -37,12 +38,14 @@ class Plan:
     """How a run is made.
 
     Attributes:
-        model: file, or None for GFN2-xTB. timestep: fs. frame: fs between frames. piece: ps of one file.
+        model: file; None where GFN2-xTB needs none. teacher: whether GFN2-xTB takes the energy of the region.
+        timestep: fs. frame: fs between frames. piece: ps of one file.
         constant_energy: Verlet without a thermostat, and the masses that the elements have.
         seed: of velocities and the thermostat.
     """
 
     model: Path | None
+    teacher: bool = False
     timestep: float = 1.0
     frame: float = 25.0
     piece: float = 5.0
@@ -98,10 +101,22 @@ def read(folder: Path) -> Record | None:
 
 
 def carry_on(it: Subject, plan: Plan, folder: Path, ps: float) -> None:
-    """Make the pieces that are missing; a run that failed stays as it is."""
-    wanted, there = round(ps / plan.piece), len(pieces_of(folder))
-    if there >= wanted or (folder / "failure").exists():
+    """Make the pieces that are missing; a run that failed, or that another process makes, stays as it is."""
+    wanted = round(ps / plan.piece)
+    if len(pieces_of(folder)) >= wanted or (folder / "failure").exists():
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"{folder.parent.name}/{folder.name}: another process is at it", flush=True)
+            return
+        _make(it, plan, folder, wanted)
+
+
+def _make(it: Subject, plan: Plan, folder: Path, wanted: int) -> None:
+    there = len(pieces_of(folder))
     engine = _Engine(it, plan, folder)
     if not (folder / "start.safetensors").exists() and not engine.settle():
         return
@@ -110,7 +125,7 @@ def carry_on(it: Subject, plan: Plan, folder: Path, ps: float) -> None:
         if not engine.make(index):
             return
         print(
-            f"{folder.parent.name}/{folder.name}: {(index + 1) * plan.piece:g} of {ps:g} ps "
+            f"{folder.parent.name}/{folder.name}: {(index + 1) * plan.piece:g} of {wanted * plan.piece:g} ps "
             f"({time.process_time() - spent:.0f} s of CPU time, {time.monotonic() - begin:.0f} s)",
             flush=True,
         )
@@ -121,7 +136,7 @@ class _Engine:
 
     def __init__(self, it: Subject, plan: Plan, folder: Path) -> None:
         self.it, self.plan, self.folder = it, plan, folder
-        self.system = system_of(it, plan.model, heavy_hydrogens=not plan.constant_energy)
+        self.system = system_of(it, plan.model, plan.teacher, heavy_hydrogens=not plan.constant_energy)
         self.freedom = degrees_of_freedom(self.system)
         box = it.box()
         vectors = None if box is None else np.diag(box) / ANGSTROM_PER_NM
@@ -133,7 +148,7 @@ class _Engine:
             if 1 not in numbers[[i, j]] or 6 in numbers[[i, j]] or not (set(numbers[[i, j]]) & {7, 8})
         ]
         pairs = it.region[np.array(fixed, dtype=np.int64).reshape(-1, 2)]
-        self.guard = guards.Guard(it.topology, pairs, start_positions(it), vectors, 1e6)
+        self.guard = guards.Guard(it.topology, pairs.tolist(), start_positions(it), vectors, 1e6)
 
     def context(self, integrator: openmm.Integrator) -> openmm.Context:
         integrator.setConstraintTolerance(1e-7)

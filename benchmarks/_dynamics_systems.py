@@ -20,7 +20,7 @@ from openmm_mlff.data.reference import Driver, TBLite
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.dataset_md import ReferenceForce
-from openmm_mlff.units import NM_PER_ANGSTROM
+from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV, NM_PER_ANGSTROM
 
 CPU = openmm.Platform.getPlatform("CPU")
 FIELD = ("amber14-all.xml", "amber14/tip3p.xml")
@@ -50,6 +50,7 @@ class Subject:
         topology: of everything. positions: ``(n_atoms, 3)`` angstrom.
         region: atoms that the model or GFN2-xTB describes; the rest is the force field's.
         built: what the region was built as: elements, bonds, formal charges.
+        embedding: of the region in the force field.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Subject:
     positions: np.ndarray
     region: np.ndarray
     built: classes.Topology
+    embedding: str = "electrostatic"
 
     @property
     def structure(self) -> Structure:
@@ -96,7 +98,7 @@ class Subject:
 
 def subject(name: str, work: Path) -> Subject:
     """A system by its name; the box of water is made on the first call and then read from `work`."""
-    if name == "zwitterion":
+    if name in ("zwitterion", "mechanical"):
         return _in_box(name, work / "zwitterion.pdb")
     if name == "peptide":
         return _of_parts(name, [("ALA", make_part("peptide", "CC(=O)N[C@@H](C)C(=O)NC", seed=SEED))])
@@ -118,7 +120,8 @@ def _in_box(name: str, path: Path) -> Subject:
     numbers = np.array([a.element.atomic_number for a in solute])
     built = classes.Topology(numbers, np.array(charges), np.array(bonds), np.zeros(len(solute), dtype=np.int64))
     positions = np.array(pdb.getPositions(asNumpy=True).value_in_unit(unit.angstrom))
-    return Subject(name, pdb.topology, positions, region, built)
+    embedding = "mechanical" if name == "mechanical" else "electrostatic"
+    return Subject(name, pdb.topology, positions, region, built, embedding)
 
 
 def _solvate(path: Path) -> None:
@@ -213,47 +216,80 @@ class Teacher(Calculator):  # type: ignore[misc]
         self.results = {"energy": energy, "forces": forces}
 
 
+class Correction:
+    """What GFN2-xTB's energy of the region is above the model's, for `openmm.PythonForce`."""
+
+    def __init__(self, structure: Structure, model: Path) -> None:
+        self._structure, self._model = structure, model
+        self._both: tuple[Driver, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_both": None}
+
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        if self._both is None:
+            evaluator = load_potential(self._model).evaluator(self._structure, compile=True)
+            self._both = TBLite().driver(self._structure), evaluator
+        driver, evaluator = self._both
+        positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+        energy, forces = driver(positions)
+        energies, own = evaluator.arrays(positions)
+        apart = np.ascontiguousarray((forces - own) * KJ_PER_MOL_NM_PER_EV_ANGSTROM)
+        return (energy - float(energies[0])) * KJ_PER_MOL_PER_EV, apart
+
+
 def force_limit(model: Path) -> float | None:
     """The limit of the uncertainty of a force that a model file names, eV/angstrom."""
     return getattr(load_potential(model).config, "force_limit", None)
 
 
-def system_of(it: Subject, model: Path | None, heavy_hydrogens: bool = True) -> openmm.System:
-    """The System with a model file, or with GFN2-xTB (None); droplets with their wall.
+def system_of(it: Subject, model: Path | None, teacher: bool = False, heavy_hydrogens: bool = True) -> openmm.System:
+    """The System with a model file, or with GFN2-xTB (`teacher`); droplets with their wall.
 
-    Where the force field does the water, the embedding is mechanical for both: then they differ in nothing but the
-    energy of the region.
+    Where the force field does the water, GFN2-xTB takes the energy of the region only: with electrostatic embedding the
+    water sees the model's charges in both, so that the two differ in nothing else.
     """
-    options: dict[str, Any] = {"charge": it.structure.charge, "compile": True, "threads": 1, "removeCMMotion": False}
-    if model is not None and force_limit(model) is not None:
-        options["on_uncertain"] = "warn"
     if it.mixed:
-        field = app.ForceField(*FIELD).createSystem(
-            it.topology,
-            nonbondedMethod=app.PME,
-            nonbondedCutoff=CUTOFF,
-            switchDistance=CUTOFF - 0.1,
-            hydrogenMass=HYDROGEN,
-            removeCMMotion=False,
-        )
-        region = it.region.tolist()
-        if model is None:
-            teacher = Teacher(it.structure)
-            return MLPotential("ase").createMixedSystem(
-                it.topology, field, region, calculator=teacher, mlLongRange=False
-            )
-        del options["removeCMMotion"]
-        return _potential(model).createMixedSystem(it.topology, field, region, **options)
-    if model is None:
+        return _mixed(it, model, teacher)
+    if teacher:
         system = openmm.System()
         for z in it.built.numbers.tolist():
             system.addParticle(app.Element.getByAtomicNumber(z).mass)
         system.addForce(openmm.PythonForce(ReferenceForce(TBLite(), it.structure)))
     else:
-        system = _potential(model).createSystem(it.topology, **options)
+        assert model is not None
+        system = _potential(model).createSystem(it.topology, removeCMMotion=False, **_options(it, model))
     if heavy_hydrogens:
         _repartition(system, it.built)
     _add_wall(system, it)
+    return system
+
+
+def _options(it: Subject, model: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"charge": it.structure.charge, "compile": True, "threads": 1}
+    return options if force_limit(model) is None else {**options, "on_uncertain": "warn"}
+
+
+def _mixed(it: Subject, model: Path | None, teacher: bool) -> openmm.System:
+    field = app.ForceField(*FIELD).createSystem(
+        it.topology,
+        nonbondedMethod=app.PME,
+        nonbondedCutoff=CUTOFF,
+        switchDistance=CUTOFF - 0.1,
+        hydrogenMass=HYDROGEN,
+        removeCMMotion=False,
+    )
+    region = it.region.tolist()
+    if it.embedding == "mechanical" and teacher:
+        force = Teacher(it.structure)
+        return MLPotential("ase").createMixedSystem(it.topology, field, region, calculator=force, mlLongRange=False)
+    assert model is not None
+    options = _options(it, model)
+    system = _potential(model).createMixedSystem(it.topology, field, region, embedding=it.embedding, **options)
+    if teacher:
+        correction = openmm.PythonForce(Correction(it.structure, model))
+        correction.setParticles(region)
+        system.addForce(correction)
     return system
 
 

@@ -1,12 +1,14 @@
 """Dynamics of a SpookyNet for biomolecules beside those of its teacher, GFN2-xTB, at 300 K.
 
     python benchmarks/spookynet_bio_dynamics.py --model ensemble.safetensors [--part zwitterion ...] [--ps 200]
-    python benchmarks/spookynet_bio_dynamics.py --reference-ps 20 [--part ...]            (runs by GFN2-xTB, slow)
+    python benchmarks/spookynet_bio_dynamics.py --model ensemble.safetensors --reference-ps 20   (and runs by GFN2-xTB)
 
-* zwitterion: Gly-Ala-Gly with NH3+ and COO- in a box of 2.45 nm of TIP3P. The peptide is the model's or GFN2-xTB's, the
-  water and its interaction with the peptide amber14's (mechanical embedding: what the two runs differ in is the energy
-  of the peptide and nothing else, and frames of one can be reweighted to the other; charges that follow the geometry
-  would need the teacher's derivatives of charges too).
+* zwitterion: Gly-Ala-Gly with NH3+ and COO- in a box of 2.45 nm of TIP3P, electrostatic embedding: the water sees the
+  model's charges, which follow the geometry. In the run by GFN2-xTB the energy of the peptide is GFN2-xTB's and
+  the charges are still the model's, so that the two runs differ in the energy of the peptide and nothing else, and
+  frames of one can be reweighted to the other.
+* mechanical: the same by mechanical embedding, a few ps, as a warning. The peptide's own energy is then that of the
+  vacuum, where GFN2-xTB gives up the zwitterion, and the force field's charges do not change when a proton leaves.
 * bridge: methylammonium and acetate in 24 waters; droplet: a sodium ion and a chloride ion in 30 waters each. All atoms
   are the model's or GFN2-xTB's. A wall (100 kJ/mol/nm^2) begins 8.5 angstrom from the middle of the waters' oxygens.
 * Langevin, 1/ps, steps of 1 fs; hydrogens weigh 3.024 amu at the cost of their heavy neighbours, which leaves averages
@@ -20,7 +22,7 @@
 * The uncertainty is watched at every step; `guard_would_have_stopped_at_ps` says when it first went beyond the limit.
 
 Every run is made of pieces in the work folder and goes on where it was stopped; several parts can run at a time, as
-processes of their own. Runs by GFN2-xTB belong to no model and are made once.
+processes of their own. Runs by GFN2-xTB of droplets belong to no model and are made once.
 """
 
 from __future__ import annotations
@@ -58,17 +60,20 @@ from openmm_mlff.data.files import sha256_of
 #: systems of each part; the two droplets can be made at a time, too
 PARTS = {
     "zwitterion": ("zwitterion",),
+    "mechanical": ("mechanical",),
     "bridge": ("bridge",),
     "droplet": ("sodium", "chloride"),
     "sodium": ("sodium",),
     "chloride": ("chloride",),
 }
-EVERYTHING = ("zwitterion", "bridge", "droplet", "drift", "figure")
+EVERYTHING = ("zwitterion", "mechanical", "bridge", "droplet", "drift", "figure")
 #: ps that are left out at the start, of runs by the model and by GFN2-xTB
 RELAXATION, REFERENCE_RELAXATION = 10.0, 2.0
-PIECE, REFERENCE_PIECE = 5.0, {"zwitterion": 1.0, "bridge": 0.5, "sodium": 0.5, "chloride": 0.5}
+PIECE, REFERENCE_PIECE = 5.0, {"zwitterion": 1.0, "mechanical": 1.0, "bridge": 0.5, "sodium": 0.5, "chloride": 0.5}
+#: ps at most, of both runs with mechanical embedding
+WARNING = 5.0
 #: frames whose labels are made, by system
-AUDITED = {"zwitterion": 1000, "bridge": 100, "sodium": 100, "chloride": 100}
+AUDITED = {"zwitterion": 1000, "mechanical": 50, "bridge": 100, "sodium": 100, "chloride": 100}
 #: less than this share of frames carries no average
 LEAST_SHARE = 0.05
 DRIFT = {"peptide": "Ace-Ala-NMe in vacuum, 22 atoms", "sodium": "sodium ion and 30 waters, 91 atoms"}
@@ -84,13 +89,24 @@ def carry_out(part: str, model: Path, ps: float, work: Path, runs: Path) -> None
                 carry_on(subject(name, work), plan, runs / f"drift-{name}-{seed}", min(ps, DRIFT_PS))
         return
     for name in PARTS[part]:
-        carry_on(subject(name, work), Plan(model, piece=PIECE), runs / name, ps)
+        carry_on(subject(name, work), Plan(model, piece=PIECE), runs / name, min(ps, most(name)))
 
 
-def refer(part: str, ps: float, work: Path) -> None:
+def most(name: str) -> float:
+    """ps of a system's runs at most."""
+    return WARNING if name == "mechanical" else np.inf
+
+
+def reference_folder(name: str, work: Path, runs: Path) -> Path:
+    """Where GFN2-xTB's run is; with electrostatic embedding it belongs to the model whose charges it takes."""
+    return runs / "gfn2-zwitterion" if name == "zwitterion" else work / "gfn2" / name
+
+
+def refer(part: str, ps: float, model: Path, work: Path, runs: Path) -> None:
     """Make what is missing of the runs by GFN2-xTB."""
     for name in PARTS.get(part, ()):
-        carry_on(subject(name, work), Plan(None, piece=REFERENCE_PIECE[name]), work / "gfn2" / name, ps)
+        plan = Plan(model, teacher=True, piece=REFERENCE_PIECE[name])
+        carry_on(subject(name, work), plan, reference_folder(name, work, runs), min(ps, most(name)))
 
 
 # -- what runs say ----------------------------------------------------------------------------------------------------
@@ -106,7 +122,7 @@ def common(it: Subject, record: Record, settled: Record) -> dict[str, Any]:
     """What is said of every run, whatever drives it."""
     where, charges = protons(it, record)
     result = {**soundness(it, record), "protons": where}
-    if it.name == "zwitterion":
+    if it.mixed:
         hydrogens = 3 + charges[:, 0] - 1
         result["protons"]["frames_with_three_hydrogens_on_the_ammonium"] = int((hydrogens == 3).sum())
         angles, ends = shape(it, settled.positions)
@@ -125,7 +141,7 @@ def common(it: Subject, record: Record, settled: Record) -> dict[str, Any]:
         }
         result["rows"] = {"ps": record.table["time_ps"].round(3).tolist(), "apart": apart.round(3).tolist()}
     shells: dict[str, Any] = {}
-    if it.name in ("zwitterion", "bridge"):
+    if it.mixed or it.name == "bridge":
         shells["water O about N of the ammonium"] = shell(it, settled, it.positive(), "N")
         shells["water O about O of the carboxylate"] = shell(it, settled, it.negative(), "O")
     elif it.name == "sodium":
@@ -182,7 +198,7 @@ def more_waters(section: dict[str, Any]) -> dict[str, Any]:
 
 def analyse(name: str, model: Path, work: Path, runs: Path) -> dict[str, Any]:
     """Everything about one system; sections are missing where their runs are."""
-    it, record, reference = subject(name, work), read(runs / name), read(work / "gfn2" / name)
+    it, record, reference = subject(name, work), read(runs / name), read(reference_folder(name, work, runs))
     result: dict[str, Any] = {"atoms": len(it.positions), "atoms_of_the_region": len(it.region)}
     settled: Record | None = None
     if record is not None:
@@ -272,7 +288,7 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model file; without it only references are made")
+    parser.add_argument("--model", type=Path, required=True, help="model file")
     parser.add_argument("--part", nargs="+", choices=[*PARTS, "drift", "figure"], default=EVERYTHING)
     parser.add_argument("--ps", type=float, default=200.0, help="of each run by the model")
     parser.add_argument("--reference-ps", type=float, default=0.0, help="of runs by GFN2-xTB; 0 takes what is there")
@@ -281,24 +297,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = arguments.work
-    if arguments.reference_ps and not arguments.analyse:
-        for part in arguments.part:
-            refer(part, arguments.reference_ps, work)
-    if arguments.model is None:
-        if not arguments.reference_ps:
-            parser.error("--model: expected a model file, or --reference-ps for runs by GFN2-xTB alone")
-        return
     runs = work / f"model-{sha256_of(arguments.model)[:8]}"
     for part in arguments.part:
         if part == "figure":
             continue
         if not arguments.analyse:
             carry_out(part, arguments.model, arguments.ps, work, runs)
+            if arguments.reference_ps:
+                refer(part, arguments.reference_ps, arguments.model, work, runs)
         if part == "drift":
             write_summary(runs / "drift.json", analyse_drift(runs))
         for name in PARTS.get(part, ()):
             write_summary(runs / f"{name}.json", analyse(name, arguments.model, work, runs))
-    names = ["zwitterion", "bridge", "sodium", "chloride", "drift"]
+    names = ["zwitterion", "mechanical", "bridge", "sodium", "chloride", "drift"]
     there = [name for name in names if (runs / f"{name}.json").exists()]
     result = {name: json.loads((runs / f"{name}.json").read_text(encoding="utf-8")) for name in there}
     report(result)
