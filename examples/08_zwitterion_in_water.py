@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from openmm import CustomBondForce, System, Vec3, unit
@@ -197,24 +199,25 @@ def show_windows(windows: list[UmbrellaWindow], runs: list[WindowRun]) -> None:
         print(f"{window.name:16s} {transfer.mean():+7.2f} +- {transfer.std():.2f} Å  {turn.mean():6.0f}°   {unsure}")
 
 
-def report(samples: Reweighted, regions: Regions) -> None:
-    """Free energies in kcal/mol."""
+def report(samples: Reweighted, regions: Regions) -> dict[str, list[float]]:
+    """Free energies and their standard errors, kcal/mol, by name."""
     zwitterion, *neutral = regions.masks.values()
-    found = samples.difference(zwitterion, neutral[0] | neutral[1])
+    all_neutral = samples.difference(zwitterion, neutral[0] | neutral[1])
     # the sampled neutral molecule is one of six
-    print(
-        f"neutral molecule less zwitterion in water: {(found.delta - np.log(6)) * KT:+.2f} +- {found.error * KT:.2f} "
-        "kcal/mol"
-    )
+    found = {"neutral less zwitterion": [(all_neutral.delta - np.log(6)) * KT, all_neutral.error * KT]}
     if all(mask.any() for mask in neutral):
-        value, error = samples.difference(*neutral).times(KT)
-        print(f"  hydroxyl group turned away less towards the nitrogen: {value:+.2f} +- {error:.2f} kcal/mol")
-    near = samples.profile(regions.transfer, np.arange(-0.9, 1.11, 0.1), inside=zwitterion | neutral[0])
-    middle = slice(3, 17)  # -0.6 to 0.8 angstrom
-    top = 3 + int(np.nanargmax(near.delta[middle]))
-    for name, side in (("zwitterion", slice(0, top + 1)), ("neutral molecule", slice(top, None))):
-        height = (near.delta[top] - np.nanmin(near.delta[side])) * KT
-        print(f"  barrier from the {name}: {height:.1f} kcal/mol, at {near.centers[top]:+.2f} Å")
+        found["hydroxyl group turned away less towards"] = list(samples.difference(*neutral).times(KT))
+    bonded = samples.profile(regions.transfer, np.arange(-0.9, 1.11, 0.1), inside=zwitterion | neutral[0])
+    top = int(np.nanargmax(bonded.delta[3:17])) + 3  # between -0.6 and 0.8 angstrom
+    for name, side in (("zwitterion", slice(0, top)), ("neutral", slice(top + 1, None))):
+        if np.isfinite(bonded.delta[side]).any():
+            lowest = int(np.nanargmin(bonded.delta[side])) + (side.start or 0)
+            height = (bonded.delta[top] - bonded.delta[lowest]) * KT
+            found[f"barrier from {name}"] = [height, float(np.hypot(bonded.error[top], bonded.error[lowest])) * KT]
+    print("free energies in water:")
+    for name, (value, error) in found.items():
+        print(f"  {name:40s} {value:+.2f} +- {error:.2f} kcal/mol")
+    return found
 
 
 def draw(samples: Reweighted, regions: Regions, path: Path) -> None:
@@ -269,35 +272,43 @@ def relaxed(method: EnergyAndForces, positions: np.ndarray) -> tuple[np.ndarray,
     return found.x.reshape(-1, 3), float(found.fun)
 
 
-def let_go(methods: dict[str, EnergyAndForces]) -> None:
-    """The zwitterion without water."""
+def let_go(methods: dict[str, EnergyAndForces]) -> dict[str, list[float]]:
+    """The zwitterion without water: energy that it gains (kcal/mol), N-H and O-H distance (angstrom)."""
+    found = {}
     for name, method in methods.items():
         before, (after, energy) = method(ZWITTERION)[0], relaxed(method, ZWITTERION)
         n, o = (float(np.linalg.norm(after[PROTON] - after[i])) for i in (N, O1))
         print(f"  {name:10s} {(energy - before) * EV:+6.1f} kcal/mol; then N-H {n:.2f} Å, O-H {o:.2f} Å")
+        found[name] = [(energy - before) * EV, n, o]
+    return found
 
 
-def compare(samples: Reweighted, regions: Regions, frames: np.ndarray, model: EnergyAndForces) -> None:
-    """GFN2-xTB on some frames of every window, ``(N, 10, 3)``: its energies in vacuum, and minima in implicit water."""
+def compare(samples: Reweighted, regions: Regions, frames: np.ndarray, model: EnergyAndForces) -> dict[str, float]:
+    """GFN2-xTB on 20 frames of every window, ``(N, 10, 3)``: its energies in vacuum, and minima in implicit water."""
     teacher = TBLite().driver(structure(ZWITTERION))
-    chosen = np.concatenate([np.linspace(e - n, e - 1, min(n, 20)).astype(int) for n, e in zip(
-        samples.counts, np.cumsum(samples.counts), strict=True)])  # fmt: skip
-    inside = np.zeros(len(frames), dtype=bool)
-    inside[chosen] = True
-    shift = np.zeros(len(frames))
-    for k in chosen:
+    ends = np.cumsum(samples.counts)
+    spread = [np.linspace(e - n, e - 1, min(n, 20)).astype(int) for n, e in zip(samples.counts, ends, strict=True)]
+    chosen, shift = np.zeros(len(frames), dtype=bool), np.zeros(len(frames))
+    chosen[np.concatenate(spread)] = True
+    for k in np.flatnonzero(chosen):
         x = frames[k].astype(np.float64)
-        shift[k] = teacher(x)[0] - model(x)[0]
+        shift[k] = (teacher(x)[0] - model(x)[0]) * EV
     zwitterion, *neutral = regions.masks.values()
-    change = samples.mean(shift, inside & (neutral[0] | neutral[1])) - samples.mean(shift, inside & zwitterion)
-    print(f"energies of GFN2-xTB instead of the model's would change the difference by {change * EV:+.2f} kcal/mol")
-    print("minima of GFN2-xTB with ALPB water:")
+    found = {
+        "energies of GFN2-xTB, first order": samples.mean(shift, chosen & (neutral[0] | neutral[1]))
+        - samples.mean(shift, chosen & zwitterion)
+    }
+    print(f"energies of GFN2-xTB instead of the model's: {found['energies of GFN2-xTB, first order']:+.1f} kcal/mol")
+    print("minima of GFN2-xTB in the implicit water ALPB:")
     implicit, lowest = TBLite(solvent="water").driver(structure(ZWITTERION)), None
     for name, mask in regions.masks.items():
-        energies = [relaxed(implicit, frames[k].astype(np.float64))[1] for k in np.flatnonzero(inside & mask)[::15][:8]]
+        some = np.flatnonzero(chosen & mask)
+        energies = [relaxed(implicit, frames[k].astype(np.float64))[1] for k in some[:: max(1, len(some) // 6)]]
         if energies:
             lowest = min(energies) if lowest is None else lowest
-            print(f"  {name:46s} {(min(energies) - lowest) * EV:+5.1f} kcal/mol")
+            found[f"{name}, ALPB"] = (min(energies) - lowest) * EV
+            print(f"  {name:46s} {found[f'{name}, ALPB']:+5.1f} kcal/mol")
+    return found
 
 
 def main() -> None:
@@ -328,7 +339,7 @@ def main() -> None:
     if tblite:
         methods["GFN2-xTB"] = TBLite().driver(structure(ZWITTERION))
     print("the zwitterion, let go in vacuum:")
-    let_go(methods)
+    results: dict[str, Any] = {"model": path.name, "in vacuum": let_go(methods)}
 
     # 2. In water, window by window.
     topology, system, positions = in_water(path, potential, args.side)
@@ -353,10 +364,13 @@ def main() -> None:
     except InsufficientOverlap as error:
         raise SystemExit(f"no free energy: {error}") from None
     regions = Regions(samples.values[:, 0], np.abs(samples.values[:, 1]))
-    report(samples, regions)
+    results |= {"windows": len(windows), "ps": settings.length, "in water": report(samples, regions)}
     draw(samples, regions, args.output / "profile.png")
     if tblite:
-        compare(samples, regions, np.concatenate([run.recorded for run in runs]), methods["model"])
+        results["compared"] = compare(
+            samples, regions, np.concatenate([run.recorded for run in runs]), methods["model"]
+        )
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"windows and picture: {args.output}")
 
 
