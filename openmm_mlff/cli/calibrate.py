@@ -79,11 +79,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(result: Mapping[str, Any]) -> None:
     """Print factors and the table by class."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     factors = result["factors"]
-    table = Table(title="force errors and spreads on the test split (root mean squares in eV/Å)")
+    # narrow enough for 80 columns
+    table = Table(
+        title="force errors and spreads on the test split (root mean squares in eV/Å)", box=box.SIMPLE, padding=0
+    )
     table.add_column("", no_wrap=True)
     for column in ("frames", "error", "spread\nrescaled", "area", "area\nrescaled", "rank\ncorr.", "flagged"):
         table.add_column(column, justify="right")

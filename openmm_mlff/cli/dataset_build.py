@@ -86,7 +86,8 @@ def run_select(args: argparse.Namespace) -> int:
     )
     entry = dataset.card["round"]
     print(f"{dataset.path}: {len(dataset)} structures of {entry['candidates']} frames, {entry['trajectories']} runs")
-    print(f"spread of forces from {entry['threshold']:.3g} eV/angstrom on; quantiles {entry['spread_of_candidates']}")
+    quantiles = ", ".join(f"{share} {value:.3g}" for share, value in entry["spread_of_candidates"].items())
+    print(f"spread of forces from {entry['threshold']:.3g} eV/angstrom on; quantiles of all frames: {quantiles}")
     for reason, count in entry["ended_early"].items():
         print(f"{count} runs ended early: {reason}")
     return 0

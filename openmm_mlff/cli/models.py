@@ -120,20 +120,28 @@ def verify_models(args: argparse.Namespace) -> int:
 
 def join_models(args: argparse.Namespace) -> int:
     """Write several models as one ensemble."""
+    from openmm_mlff.data import model_file
     from openmm_mlff.potentials.ensemble import save_ensemble
+    from openmm_mlff.training.evaluation import find_model
 
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise ValueError(f"output: expected a file ending in .safetensors, got {output.name!r}")
     if output.exists():
         raise ValueError(f"output: {output} exists already; choose another name")
-    missing = [name for name in args.files if not Path(name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"file: no file at {missing[0]}")
+    files = [find_model(name) for name in args.files]
+    seen: dict[str, Path] = {}
+    for file in files:
+        same = seen.setdefault(model_file.sha256_of(file), file)
+        if same is not file:
+            raise ValueError(
+                f"file: expected members that differ, got {same} and {file} with the same content; "
+                "models that are alike never disagree"
+            )
     named = {name: getattr(args, name) for name in ("energy_factor", "force_factor", "force_limit")}
     calibration = {name: value for name, value in named.items() if value is not None}
-    save_ensemble(args.files, output, calibration, **({"name": args.name} if args.name else {}))
-    print(f"{output}: {len(args.files)} members; use it as MLPotential('ensemble', modelPath=...)")
+    save_ensemble(files, output, calibration, **({"name": args.name} if args.name else {}))
+    print(f"{output}: {len(files)} members; use it as MLPotential('ensemble', modelPath=...)")
     return 0
 
 

@@ -124,7 +124,9 @@ def _plan(
 ) -> dict[str, Any]:
     """What is trained: what the folder says of the run to be resumed, or what is asked for, which is written."""
     path = output / PLAN
-    if path.exists():
+    # a plan of which no member was begun, because its data was refused for example, may be replaced
+    begun = any(output.glob(f"member-*/{CONFIG}"))
+    if path.exists() and (resume or begun):
         if not resume:
             raise FileExistsError(
                 f"output: {output} holds a run of members already; resume it, or choose another folder"

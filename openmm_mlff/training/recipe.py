@@ -256,11 +256,14 @@ def source_of(path: Path, dataset: Dataset | None) -> dict[str, Any]:
 def load_labelled(paths: Sequence[str | Path], split: str | None) -> tuple[list[Structure], list[dict[str, Any]]]:
     """Structures of datasets (only one split, if named) and files, and what they are.
 
-    Raises `ValueError` if a split is wanted from data that has none, or if nothing is left.
+    Raises `FileNotFoundError` for a path where nothing is, `ValueError` if a split is wanted from data that has none,
+    or if nothing is left.
     """
     structures: list[Structure] = []
     sources = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"data: no folder or file at {path}")
         dataset = Dataset(path) if path.is_dir() else None
         if dataset is not None:
             recorded = split is None or bool(dataset.splits)

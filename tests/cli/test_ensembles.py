@@ -108,6 +108,7 @@ def test_models_are_joined(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["models", "ensemble", *files, "-o", str(tmp_path / "joined.txt")], "ending in .safetensors"),
         (["models", "ensemble", files[0], "-o", str(tmp_path / "a.safetensors")], "at least two, got 1"),
         (["models", "ensemble", "no.safetensors", "-o", str(tmp_path / "a.safetensors")], "no file at no.safetensors"),
+        (["models", "ensemble", files[0], files[0], "-o", str(tmp_path / "a.safetensors")], "members that differ"),
     ):
         assert main(given) == 1
         assert words in capsys.readouterr().err
@@ -124,6 +125,15 @@ def test_what_cannot_be_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main([*command(folder, more[0]), *more[1:]]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_a_plan_that_was_never_begun_is_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data that is refused leaves no folder that refuses the next try."""
+    given = ["train", "--output", str(folder / "again"), "--config", str(folder / "recipe.json"), "--quiet"]
+    for n in ("2", "3"):
+        assert main([*given, "--data", str(folder / "nothing"), "--members", n]) == 1
+        assert "already" not in capsys.readouterr().err
+    assert json.loads((folder / "again" / "members.json").read_text(encoding="utf-8"))["members"] == 3
 
 
 def test_members_go_on_from_those_of_an_ensemble(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
