@@ -135,12 +135,15 @@ def released(paths: Sequence[Path], ensemble: Path, datasets: Sequence[Path]) ->
     members = [read(path) for path in paths]
     joined = read(ensemble)
     check_members(joined, [tensors for _, tensors in members])
+    for path, (card, _) in zip(paths, members, strict=True):
+        if "accuracy" not in card:
+            raise SystemExit(f"{path}: its training is not complete (the card has no accuracy)")
     errors = [float(card["accuracy"]["valid"]["forces_mae"]) for card, _ in members]
     best = errors.index(min(errors))
     domain = next(m.domain for m in find_family("spookynet").bundled if m.name == NAME)
     own = [member_card(card, data) for card, _ in members]
-    total = sum(own[best]["training_data"]["structures"].values())
-    made_of = f"{total} structures labelled by GFN2-xTB"
+    trained_on = own[best]["training_data"]
+    made_of = f"{trained_on['structures']['train'] - trained_on.get('joined', 0)} structures labelled by GFN2-xTB"
     single = own[best] | fields(cards, domain, f"SpookyNet trained on {made_of}: member {best} of {len(members)}")
     whole = make_card(from_card(*joined)) | fields(
         cards, domain, f"{len(members)} SpookyNets trained on {made_of}, which disagree where they do not know"
@@ -176,9 +179,8 @@ def main() -> None:
         print(f"{name}: {len(content) / 1e6:.2f} MB, sha256 {report[name]['sha256']}")
     path = args.root / "benchmarks" / "spookynet_bio_release.json"
     write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
-    print(
-        f"in the wheel: member {report['member']}, validation force MAE {report['valid_forces_mae_meV_A']} meV/angstrom"
-    )
+    errors = ", ".join(f"{x:.1f}" for x in report["valid_forces_mae_meV_A"])
+    print(f"in the wheel: member {report['member']}; validation force MAE of the members {errors} meV/angstrom")
 
 
 if __name__ == "__main__":

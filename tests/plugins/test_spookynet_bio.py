@@ -175,6 +175,11 @@ def test_what_does_not_belong_together_is_refused(trained: Trained, release: Cal
     save_potential(load_potential(files[0]).double(), double)
     with pytest.raises(SystemExit, match=r"expected weights in float32, got torch\.float64"):
         release(trained, members=[double, files[1]])
+    card, tensors = model_file.load(files[0])
+    begun = {name: value for name, value in card.items() if name != "accuracy"}
+    unfinished = model_file.save(trained.folder / "unfinished.safetensors", begun, tensors)
+    with pytest.raises(SystemExit, match="its training is not complete"):
+        release(trained, members=[unfinished, files[1]])
     other = trained.folder / "other"
     structures = list(Dataset(trained.data))[:3]
     write_dataset(other, structures, name=NAME, method=TBLite(), sampling={})
