@@ -21,8 +21,9 @@
 * drift: Verlet, 0.5 fs, masses as they are, after the same start: a straight line through the total energy.
 * The uncertainty is watched at every step; `guard_would_have_stopped_at_ps` says when it first went beyond the limit.
 
-Every run is made of pieces in the work folder and goes on where it was stopped; several parts can run at a time, as
-processes of their own. Runs by GFN2-xTB of droplets belong to no model and are made once.
+Every run is made of pieces in the work folder and goes on where it was stopped. Parts can be made at a time by several
+processes (--part bridge --runs-only), and looked at when they are there (--analyse). Runs by GFN2-xTB of droplets
+belong to no model and are made once; --ps 0 makes nothing else.
 """
 
 from __future__ import annotations
@@ -293,6 +294,7 @@ def main() -> None:
     parser.add_argument("--ps", type=float, default=200.0, help="of each run by the model")
     parser.add_argument("--reference-ps", type=float, default=0.0, help="of runs by GFN2-xTB; 0 takes what is there")
     parser.add_argument("--analyse", action="store_true", help="make no runs")
+    parser.add_argument("--runs-only", action="store_true", help="look at none")
     parser.add_argument("--work", type=Path, default=HERE.parent / ".work" / "spookynet_bio_dynamics")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -305,10 +307,14 @@ def main() -> None:
             carry_out(part, arguments.model, arguments.ps, work, runs)
             if arguments.reference_ps:
                 refer(part, arguments.reference_ps, arguments.model, work, runs)
+        if arguments.runs_only:
+            continue
         if part == "drift":
             write_summary(runs / "drift.json", analyse_drift(runs))
         for name in PARTS.get(part, ()):
             write_summary(runs / f"{name}.json", analyse(name, arguments.model, work, runs))
+    if arguments.runs_only:
+        return
     names = ["zwitterion", "mechanical", "bridge", "sodium", "chloride", "drift"]
     there = [name for name in names if (runs / f"{name}.json").exists()]
     result = {name: json.loads((runs / f"{name}.json").read_text(encoding="utf-8")) for name in there}
