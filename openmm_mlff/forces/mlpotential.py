@@ -190,7 +190,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
             longRangeCutoff: of the model's 1/r terms, nm or a Quantity; needed for periodic systems.
             longRangeMethod: of the charges of a periodic system: 'shifted' (to zero at the cutoff), or 'ewald' or 'pme'
                 (with all images) where the family offers them; None for the model's own.
-            compile: True, False, or 'auto' (compiled if the disk cache holds the compiled graph already).
+            compile: True, False, or 'auto' (native code, or a compiled graph that the disk cache holds already).
             maxForce: kJ/mol/nm or a Quantity; a larger force stops the run. None switches this off.
             threads: torch threads on the CPU; None chooses by the number of atoms.
             phase: which energy, for potentials that offer several (`Potential.phases`); None for the model's own.
