@@ -7,8 +7,8 @@ other can be given as SMILES, of the model's elements. What happens:
 
 1. GFN2-xTB runs short trajectories of it and of molecules that the model knows. They are only used to judge.
 2. MD by the members explores both. Their disagreement, found in passing, says which is unknown to them.
-3. The 200 frames of the new molecule on which they disagree most get labels, and some frames of the known ones do
-   too, so that these are not forgotten. (With the data that the model was made of, --data FOLDER does that better.)
+3. The 200 frames of the new molecule on which they disagree most get labels, and some frames of known ones do too: a
+   rehearsal, so that less is forgotten. (The data that the model was made of, if they are here, do that best: --data.)
 4. Every member is trained further, from its own weights.
 
 What takes long is kept in --output; the same command goes on. Needs rdkit and tblite (pip install "openmm-mlff[label]")
@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from openmm_mlff.analysis.plots import BLUE, GREY, ORANGE, STYLE, pyplot, save_figure
+from openmm_mlff.analysis.plots import BLUE, ORANGE, STYLE, pyplot, save_figure
 from openmm_mlff.data.datasets import Dataset, write_dataset
 from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.jobs import run_tasks
@@ -48,10 +48,15 @@ from openmm_mlff.training.recipe import Recipe
 from openmm_mlff.training.run import MODEL
 
 ZIDOVUDINE = "Cc1cn(C2CC(N=[N+]=[N-])C(CO)O2)c(=O)[nH]c1=O"
-#: all in the training data of spookynet-gfn2-bio
+#: of the training data of spookynet-gfn2-bio: molecules that are labelled once more, and some that are not
+REHEARSED = (
+    "CC(=O)NC(C)C(=O)NC", "CC(=O)NCC(=O)NC", "O=c1cc[nH]c(=O)[nH]1", "Nc1ncnc2[nH]cnc12", "OC[C@H]1OC(O)C[C@@H]1O",
+    "CC(=O)[O-]", "C[NH3+]", "NC(=[NH2+])N", "OP(=O)(O)[O-]", "C[N+](=O)[O-]", "CC(C)=O", "Oc1ccccc1", "c1ccncc1",
+    "CC(=O)O", "NC=O", "CS", "CS(C)=O", "COC", "C=C", "C#N", "CF", "CCl", "CO", "N", "O", "CC",
+)  # fmt: skip
 KNOWN = (
-    "CC(=O)NC(C)C(=O)NC", "O=c1cc[nH]c(=O)[nH]1", "Nc1ncnc2[nH]cnc12", "OC[C@H]1OC(O)C[C@@H]1O", "CC(=O)[O-]",
-    "C[NH3+]", "CC(C)=O", "NC(N)=O", "Oc1ccccc1", "c1ccncc1", "CO", "OCC(O)CO",
+    "CC(=O)NC", "Nc1cc[nH]c(=O)n1", "OCC(O)CO", "OCC(=O)[O-]", "CNC(N)=[NH2+]", "NC(N)=O", "COC(C)=O", "CNC", "c1ccsc1",
+    "CCO",
 )  # fmt: skip
 TEACHER = TBLite()
 SEED = 9
@@ -65,7 +70,7 @@ RECIPE: dict[str, Any] = {
     "final_loss": {"energy": 1.0, "forces": 1.0, "dipole": 0.05, "surplus": 0.5},
     "loop": {
         "optimizer": "adamw",
-        "final_learning_rate": 3e-6,
+        "final_learning_rate": 2e-6,
         "warmup_steps": 20,
         "schedule": "cosine",
         "clip_norm": 5.0,
@@ -158,73 +163,97 @@ def errors(model: Path, structures: Sequence[Structure]) -> dict[str, np.ndarray
     }
 
 
+SETS = {"known": ("known", BLUE), "rehearsed": ("rehearsed", "#3a8f4d"), "new": ("new", ORANGE)}
+
+
 def draw(path: Path, judged: dict[tuple[str, str], dict[str, np.ndarray]]) -> None:
     """Left: how far the members disagree about frames. Right: what the new labels are worth."""
     plt = pyplot()
+    sets = {which: SETS[which] for which in SETS if (which, "before") in judged}
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.0))
-        for (which, when), found in judged.items():
-            values = np.sort(found["disagreement"])
-            style = {"color": ORANGE if which == "new" else BLUE, "linestyle": "-" if when == "before" else "--"}
-            share = np.arange(1, len(values) + 1) / len(values)
-            left.step(values, 100 * share, where="post", label=f"{which}, {when}", **style)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4))
+        for k, (which, (name, colour)) in enumerate(sets.items()):
+            for when, style in (("before", "-"), ("after", "--")):
+                values = np.sort(judged[which, when]["disagreement"])
+                share = 100 * (np.arange(len(values)) + 0.5) / len(values)
+                left.plot(values, share, style, color=colour, label=f"{name}, {when}")
+            heights = [judged[which, when]["forces"].mean() for when in ("before", "after")]
+            bars = right.bar([k - 0.2, k + 0.2], heights, 0.36, color=colour)
+            bars[1].set_alpha(0.5)
+            right.bar_label(bars, labels=[f"{heights[0]:.0f}\nbefore", f"{heights[1]:.0f}\nafter"], fontsize=8)
         left.set_xscale("log")
         left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         left.set_xlabel("disagreement about the worst atom (eV/Å)")
         left.set_ylabel("frames below (%)")
-        left.legend(fontsize=8, loc="lower right")
-        for k, which in enumerate(("known", "new")):
-            heights = [judged[which, when]["forces"].mean() for when in ("before", "after")]
-            colour = ORANGE if which == "new" else BLUE
-            bars = right.bar([k - 0.2, k + 0.2], heights, 0.36, color=[colour, GREY])
-            right.bar_label(
-                bars, labels=[f"{h:.0f}\n{w}" for h, w in zip(heights, ("before", "after"), strict=True)], fontsize=8
-            )
-        right.set_xticks([0, 1], ["known molecules", "new molecule"])
+        left.set_ylim(0, 100)
+        right.set_xticks(range(len(sets)), [name for name, _ in sets.values()])
         right.set_ylabel("force MAE (meV/Å)")
         right.margins(y=0.2)
-        figure.tight_layout()
+        figure.legend(loc="lower center", ncols=len(sets), fontsize=8)
+        figure.tight_layout(rect=(0, 0.13, 1, 1))
     save_figure(figure, path)
 
 
-def main() -> None:
+def table(judged: dict[tuple[str, str], dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """Print and return median disagreements and mean errors."""
+    print(f"\n{'':18}{'disagreement':>16}{'force error':>16}{'energy error':>16}")
+    print(f"{'':18}{'eV/Å':>16}{'meV/Å':>16}{'meV/atom':>16}")
+    rows = {}
+    for (which, when), found in judged.items():
+        row = {name: float(np.median(x) if name == "disagreement" else x.mean()) for name, x in found.items()}
+        rows[f"{which} {when}"] = row
+        print(f"{which + ' ' + when:18}{row['disagreement']:16.3f}{row['forces']:16.1f}{row['energy']:16.2f}")
+    return rows
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).parent.parent / "models" / "spookynet-gfn2-bio.safetensors"
     parser.add_argument("--model", type=Path, default=default, help="an ensemble")
     parser.add_argument("--smiles", default=ZIDOVUDINE, help="the new molecule (zidovudine)")
-    parser.add_argument("--known", nargs="+", default=KNOWN, metavar="SMILES", help="molecules that the model knows")
+    parser.add_argument("--rehearse", nargs="+", default=REHEARSED, metavar="SMILES", help="known ones to label again")
+    parser.add_argument("--known", nargs="*", default=KNOWN, metavar="SMILES", help="known ones to look at, no more")
     parser.add_argument("--labels", type=int, default=200, help="of the new molecule")
     parser.add_argument("--steps", type=int, default=1500, help="of training, each member")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="at its start")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="at its start")
     parser.add_argument("--duration", type=float, default=500.0, help="of each trajectory that explores, fs")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="what the model was trained on, if it is here")
     parser.add_argument("--processes", "-j", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="a few frames and steps, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("active_learning"))
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
     if not args.model.is_file():
         raise SystemExit(f"There is no file at {args.model}.")
     model = load_potential(args.model)
     if not isinstance(model, Ensemble):
         raise SystemExit(f"{args.model} is a single model, which never disagrees with itself; an ensemble is needed.")
-    conformers, frames, rehearsed = (3, 2, 4) if args.quick else (24, 15, 96)
+    conformers, frames, again = (3, 2, 4) if args.quick else (24, 15, 200)
     begin = time.monotonic()
 
     def done(what: str) -> None:
         print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
     # 1. Frames to judge by, from other conformers than what follows.
-    new_frames = judging_set(
-        args.output / "judge-new", starts_of([args.smiles], 4, SEED + 1)[:4], frames, args.processes
-    )
-    model.check(new_frames[0])
-    known_frames = judging_set(
-        args.output / "judge-known", starts_of(args.known, 1, SEED + 1), frames // 2, args.processes
-    )
-    done(f"{len(new_frames)} frames of the new molecule and {len(known_frames)} of known ones by GFN2-xTB, to judge")
+    starts = {
+        "known": starts_of(args.known, 1, SEED + 1),
+        "rehearsed": starts_of(args.rehearse, 1, SEED + 1),
+        "new": starts_of([args.smiles], 4, SEED + 1),
+    }
+    for start in starts["new"]:
+        model.check(start)
+    judging = {}
+    for which, some in starts.items():
+        if some:
+            n = frames if which == "new" else max(1, frames // 3)
+            judging[which] = judging_set(args.output / f"judge-{which}", some, n, args.processes)
+    done(f"frames by GFN2-xTB to judge by: {', '.join(f'{len(s)} {which}' for which, s in judging.items())}")
 
     # 2. and 3. The members explore, and what they disagree on is labelled.
-    old, calm = explored(args.output / "known", starts_of(args.known, 2, SEED), args.model, rehearsed, args)
+    old, calm = explored(args.output / "rehearsed", starts_of(args.rehearse, 1, SEED), args.model, again, args)
     new, wild = explored(args.output / "new", starts_of([args.smiles], conformers, SEED), args.model, args.labels, args)
     done(f"{len(new)} labels of the new molecule, of {len(wild)} frames; {len(old)} of known ones")
     print(f"         disagreement in the members' own MD: known {np.median(calm):.2f}, new {np.median(wild):.2f} eV/Å")
@@ -235,18 +264,12 @@ def main() -> None:
     done(f"{model.config.n_members} members trained for {args.steps} steps")
     judged = {
         (which, when): errors(file, structures)
+        for which, structures in judging.items()
         for when, file in (("before", args.model), ("after", trained))
-        for which, structures in (("known", known_frames), ("new", new_frames))
     }
-    print(f"\n{'':14}{'disagreement':>16}{'force error':>16}{'energy error':>16}")
-    print(f"{'':14}{'eV/Å':>16}{'meV/Å':>16}{'meV/atom':>16}")
-    report = {}
-    for (which, when), found in judged.items():
-        row = {name: float(np.median(x) if name == "disagreement" else x.mean()) for name, x in found.items()}
-        report[f"{which} {when}"] = row
-        print(f"{which + ' ' + when:14}{row['disagreement']:16.3f}{row['forces']:16.1f}{row['energy']:16.2f}")
-    report["labels"] = {"new": len(new), "known": len(old)}
-    report["exploring"] = {"known": float(np.median(calm)), "new": float(np.median(wild))}
+    report: dict[str, object] = {**table(judged)}
+    report["labels"] = {"new": len(new), "rehearsed": len(old)}
+    report["exploring"] = {"rehearsed": float(np.median(calm)), "new": float(np.median(wild))}
     report["seconds"] = round(time.monotonic() - begin, 1)
     write_atomically(args.output / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     draw(args.output / "active_learning.png", judged)

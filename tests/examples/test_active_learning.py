@@ -38,19 +38,20 @@ def test_new_labels_teach_the_members_the_new_molecule(repository: Path, ensembl
     pytest.importorskip("tblite.interface", reason="needs tblite (extra 'label')")
     pytest.importorskip("rdkit", reason="needs rdkit (extra 'label')")
     small = ("--quick", "--duration", 40, "--steps", 30, "--learning-rate", 1e-3, "--labels", 5, "-j", 1)
-    molecules = ("--smiles", "CC(N)=O", "--known", "CC(=O)NC(C)C(=O)NC")
+    molecules = ("--smiles", "CC(N)=O", "--known", "--rehearse", "CC(=O)NC(C)C(=O)NC")
     words = ("--model", ensemble, *molecules, *small, "--output", tmp_path / "run")
     done = subprocess.run(
         [sys.executable, str(repository / "examples" / NAME), *map(str, words)],
         capture_output=True, text=True, encoding="utf-8", timeout=300, env=os.environ, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(known|new) (before|after) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
-    assert [row[:2] for row in rows] == [(w, t) for t in ("before", "after") for w in ("known", "new")]
+    rows = re.findall(r"^(rehearsed|new) (before|after) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(w, t) for w in ("rehearsed", "new") for t in ("before", "after")]
     force = {row[:2]: float(row[3]) for row in rows}
     # it has learned from the peptide what bonds are, but of no primary amide
     assert (
-        force["known", "before"] < 150 < force["new", "before"] and force["new", "after"] < 0.8 * force["new", "before"]
+        force["rehearsed", "before"] < 150 < force["new", "before"]
+        and force["new", "after"] < 0.8 * force["new", "before"]
     )
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
     assert report["new after"]["forces"] == pytest.approx(force["new", "after"], abs=0.06)
