@@ -8,15 +8,17 @@ moves, feel those of the water. Umbrella windows lead the proton from the nitrog
 then turn the hydroxyl group away from the nitrogen, without which the neutral molecule is not at rest: that turn limits
 the reaction in water (Chem. Phys. Lett. 321, 433 (2000)). MBAR makes a profile and a free-energy difference of all
 windows, with error bars. Three protons and two oxygens make six neutral molecules of one zwitterion, of which one is
-sampled; the difference counts them all.
+sampled; the difference counts them all. The model's charges are those of the isolated molecule, however it is bent:
+water does not polarise them, beyond what it does to the geometry.
 
 In vacuum there is no zwitterion: the example lets one go, with the model and, where tblite is installed, with GFN2-xTB.
 With tblite it also says what GFN2-xTB would change in the energies of the sampled frames, and compares with GFN2-xTB in
 the implicit water ALPB.
 
-Every window is kept as it goes, so a run that was stopped goes on. 20 ps in each of 24 windows take about half an hour
-on four cores; --quick shows the machinery in seconds, and its numbers mean nothing. Needs pymbar (`pip install
-"openmm-mlff[analysis]"`), and tblite (`pip install "openmm-mlff[label]"`) for the comparisons.
+Every window is kept as it goes, so a run that was stopped goes on, and one with more --ps too. 20 ps in each of 24
+windows take about half an hour of one core (--processes shares them); --quick shows the machinery in seconds, and its
+numbers mean nothing. Needs pymbar (`pip install "openmm-mlff[analysis]"`), and tblite (`pip install
+"openmm-mlff[label]"`) for the comparisons.
 """
 
 from __future__ import annotations
@@ -207,17 +209,29 @@ def report(samples: Reweighted, regions: Regions) -> dict[str, list[float]]:
     found = {"neutral less zwitterion": [(all_neutral.delta - np.log(6)) * KT, all_neutral.error * KT]}
     if all(mask.any() for mask in neutral):
         found["hydroxyl group turned away less towards"] = list(samples.difference(*neutral).times(KT))
-    bonded = samples.profile(regions.transfer, np.arange(-0.9, 1.11, 0.1), inside=zwitterion | neutral[0])
-    top = int(np.nanargmax(bonded.delta[3:17])) + 3  # between -0.6 and 0.8 angstrom
-    for name, side in (("zwitterion", slice(0, top)), ("neutral", slice(top + 1, None))):
-        if np.isfinite(bonded.delta[side]).any():
-            lowest = int(np.nanargmin(bonded.delta[side])) + (side.start or 0)
-            height = (bonded.delta[top] - bonded.delta[lowest]) * KT
-            found[f"barrier from {name}"] = [height, float(np.hypot(bonded.error[top], bonded.error[lowest])) * KT]
+    found |= barriers(samples, regions)
     print("free energies in water:")
     for name, (value, error) in found.items():
         print(f"  {name:40s} {value:+.2f} +- {error:.2f} kcal/mol")
     return found
+
+
+def barriers(samples: Reweighted, regions: Regions) -> dict[str, list[float]]:
+    """Of the transfer from both sides, with errors; empty where the free energy has no maximum on the way."""
+    zwitterion, towards, _ = regions.masks.values()
+    shown, edges = zwitterion | towards, np.arange(-0.9, 1.11, 0.1)
+    height = samples.profile(regions.transfer, edges, inside=shown).delta
+    inside = np.where(np.isfinite(height), height, -np.inf)[3:17]  # -0.6 to 0.8 angstrom
+    top = int(inside.argmax()) + 3
+    if not 3 < top < 16:
+        return {}
+
+    def of_bin(k: int) -> np.ndarray:
+        return shown & (regions.transfer >= edges[k]) & (regions.transfer < edges[k + 1])
+
+    left, right = int(np.nanargmin(height[:top])), top + 1 + int(np.nanargmin(height[top + 1 :]))
+    ends = {"barrier from zwitterion": left, "barrier from neutral": right}
+    return {name: list(samples.difference(of_bin(k), of_bin(top)).times(KT)) for name, k in ends.items()}
 
 
 def draw(samples: Reweighted, regions: Regions, path: Path) -> None:
@@ -226,22 +240,22 @@ def draw(samples: Reweighted, regions: Regions, path: Path) -> None:
     zwitterion, towards, away = regions.masks.values()
     low, high = np.percentile(regions.transfer[zwitterion | towards], [0.2, 99.8])
     panels = (
-        (samples.profile(regions.transfer, np.arange(low, high, 0.1), inside=zwitterion | towards), "the proton moves"),
-        (
-            samples.profile(regions.turn, np.arange(0.0, 181.0, 10.0), inside=towards | away),
-            "the neutral molecule turns",
-        ),
+        (regions.transfer, np.arange(low, high, 0.1), zwitterion | towards, "the proton moves"),
+        (regions.turn, np.arange(0.0, 181.0, 10.0), towards | away, "the hydroxyl group turns"),
     )
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), constrained_layout=True, sharey=True)
-        for axis, (profile, title) in zip(axes, panels, strict=True):
-            x, y, spread = profile.centers, profile.delta * KT, 2 * profile.error * KT
+        for axis, (coordinate, edges, shown, title) in zip(axes, panels, strict=True):
+            profile = samples.profile(coordinate, edges, inside=shown, zero=shown)
+            known = np.isfinite(profile.delta)
+            x, y = profile.centers[known], (profile.delta[known] - profile.delta[known].min()) * KT
+            spread = 2 * profile.error[known] * KT
             axis.fill_between(x, y - spread, y + spread, color=BLUE, alpha=0.25, linewidth=0)
             axis.plot(x, y, color=BLUE, linewidth=1.5)
-            axis.set_title(title)
+            axis.set_title(title, pad=16)
         axes[0].axvline(0, color=GREY, linewidth=0.8, linestyle=":")
-        axes[0].text(0.25, 1.0, "zwitterion", transform=axes[0].transAxes, ha="center", va="top", color=GREY)
-        axes[0].text(0.85, 1.0, "neutral", transform=axes[0].transAxes, ha="center", va="top", color=GREY)
+        axes[0].text(0.25, 1.02, "zwitterion", transform=axes[0].transAxes, ha="center", color=GREY)
+        axes[0].text(0.85, 1.02, "neutral", transform=axes[0].transAxes, ha="center", color=GREY)
         axes[0].set(xlabel="d(N-H) - d(O-H) [Å]", ylabel="free energy [kcal/mol]")
         axes[1].set(xlabel="torsion C-C-O-H [°]", xticks=range(0, 181, 45))
         save_figure(figure, path)

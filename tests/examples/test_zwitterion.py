@@ -95,6 +95,22 @@ def test_one_of_six_neutral_molecules_is_sampled(
     assert (tmp_path / "profile.png").stat().st_size > 10_000
 
 
+def test_barriers(example: ModuleType) -> None:
+    def found(counts: dict[float, int]) -> dict[str, list[float]]:
+        transfer = np.repeat(list(counts), list(counts.values()))
+        values = np.stack([transfer, np.zeros(len(transfer))], axis=1)
+        order = np.random.default_rng(1).permutation(len(values))
+        same = (Bias.umbrella(0.0, 1e-9), None)
+        samples = Reweighted.of([same, same], [values[order[::2]], values[order[1::2]]], 298.15)
+        return example.barriers(samples, example.Regions(samples.values[:, 0], samples.values[:, 1]))
+
+    heights = found({-0.85: 800, -0.45: 300, 0.05: 100, 0.45: 200, 0.95: 400})
+    # RT ln 8 and RT ln 4
+    assert heights["barrier from zwitterion"][0] == pytest.approx(1.23, abs=0.01)
+    assert heights["barrier from neutral"][0] == pytest.approx(0.82, abs=0.01)
+    assert found({-0.85: 10, -0.55: 20, 0.05: 40, 0.45: 80, 0.95: 160}) == {}
+
+
 def test_what_it_says_without_a_model(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="There is no file at"):
         run(example, monkeypatch, "--model", tmp_path / "none.safetensors", "--output", tmp_path)
