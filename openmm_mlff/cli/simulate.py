@@ -157,6 +157,8 @@ def _torsion(text: str) -> tuple[str, tuple[int, ...]]:
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Model name and path: a file of ours says its family itself, a published one needs it from ``--model``."""
     if args.model_path is None:
+        if args.model is not None and Path(args.model).suffix and Path(args.model).is_file():
+            raise ValueError(f"model: expected a name, got a file; say --model-path {args.model}")
         return {} if args.model is None else {"model": args.model}
     from openmm_mlff.data import model_file
     from openmm_mlff.potentials.family import families

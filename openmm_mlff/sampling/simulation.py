@@ -235,17 +235,18 @@ class Simulation:
     def _minimize(self) -> None:
         s = self.settings
         context = self._enter(self._checkpoint)
-        if s.minimization_steps:
-            reporter = MinimizationProgress(self._stop, s.minimization_steps, self._say if self._progress else None)
-            try:
+        try:
+            if s.minimization_steps:
+                reporter = MinimizationProgress(self._stop, s.minimization_steps, self._say if self._progress else None)
                 with running.without_force_limit(self._system):
                     openmm.LocalEnergyMinimizer.minimize(context, 10.0, s.minimization_steps, reporter)
-            except openmm.OpenMMException as error:
-                raise self._failed("minimize", 0, error) from error
-            if self._stop:
-                return
-            reporter.done()
-        context.setVelocitiesToTemperature(s.temperature, seed_for(s.seed, "velocities", 0))
+                if self._stop:
+                    return
+                reporter.done()
+            # velocities of half a step before: the forces of the start count
+            context.setVelocitiesToTemperature(s.temperature, seed_for(s.seed, "velocities", 0))
+        except openmm.OpenMMException as error:
+            raise self._failed("minimize", 0, error) from error
         self._next_phase(context, "equilibrate")
 
     def _next_phase(self, context: openmm.Context, phase: str) -> None:

@@ -90,6 +90,7 @@ def test_bad_input_is_one_line(
     assert "expected a PDB or mmCIF file" in refused(capsys, *out)
     assert "no run.json" in refused(capsys, "--resume", *out)
     assert "model-path: no file at x.pth" in refused(capsys, alanine, *out, "--model-path", "x.pth")
+    assert "say --model-path" in refused(capsys, alanine, *out, "--model", tiny_model)
     assert "temperature: expected a positive number" in refused(capsys, alanine, *out, "--temperature", 0)
     assert "time: expected a time in ps" in refused(capsys, alanine, *out, "--time", -1)
     assert "torsion: expected NAME=I,J,K,L" in refused(capsys, alanine, *out, "--torsion", "phi=1,2")

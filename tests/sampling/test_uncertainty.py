@@ -108,6 +108,14 @@ def test_a_run_is_stopped_with_its_state(alanine: str, ensemble: Path, tmp_path:
     assert (table["largest_force_uncertainty_eV_A"] <= limit).all()
 
 
+def test_a_start_that_is_too_uncertain_is_a_failure_too(alanine: str, ensemble: Path, tmp_path: Path) -> None:
+    """Where the minimiser ends, before the first step."""
+    run = start(settings(alanine, ensemble, on_uncertain="stop", uncertainty_limit=1e-9), tmp_path / "run")
+    with pytest.raises(RunFailed, match=r"minimize stopped .*on_uncertain: the force on atom"):
+        run.run()
+    assert (tmp_path / "run" / "failure").is_dir()
+
+
 def test_the_command_saves_frames(alanine: str, ensemble: Path, tmp_path: Path) -> None:
     arguments = ["simulate", alanine, "--model-path", str(ensemble), "--output", str(tmp_path / "run"), "--quiet"]
     arguments += [
