@@ -39,6 +39,7 @@ from openmmml import MLPotential
 from scipy.optimize import minimize
 
 from openmm_mlff.analysis.free_energy import LEAST_OVERLAP, InsufficientOverlap
+from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.analysis.plots import BLUE, GREY, STYLE, pyplot, save_figure
 from openmm_mlff.analysis.umbrella import Bias, Reweighted
 from openmm_mlff.data.reference import TBLite
@@ -193,6 +194,12 @@ class Regions:
         }
 
 
+def regions_of(frames: np.ndarray) -> Regions:
+    """Of positions ``(n, 10, 3)`` angstrom."""
+    n, o = (np.linalg.norm(frames[:, PROTON] - frames[:, i], axis=1) for i in (N, O1))
+    return Regions(n - o, np.abs(dihedral(frames, np.array([[CA, C, O1, PROTON]]))[:, 0]))
+
+
 def show_windows(windows: list[UmbrellaWindow], runs: list[WindowRun]) -> None:
     print("window           d(N-H) - d(O-H)      turn   uncertainty of a force")
     for window, run in zip(windows, runs, strict=True):
@@ -314,13 +321,16 @@ def compare(samples: Reweighted, regions: Regions, frames: np.ndarray, model: En
     }
     print(f"energies of GFN2-xTB instead of the model's: {found['energies of GFN2-xTB, first order']:+.1f} kcal/mol")
     print("minima of GFN2-xTB in the implicit water ALPB:")
-    implicit, lowest = TBLite(solvent="water").driver(structure(ZWITTERION)), None
-    for name, mask in regions.masks.items():
+    implicit = TBLite(solvent="water").driver(structure(ZWITTERION))
+    minima = []
+    for mask in regions.masks.values():
         some = np.flatnonzero(chosen & mask)
-        energies = [relaxed(implicit, frames[k].astype(np.float64))[1] for k in some[:: max(1, len(some) // 6)]]
-        if energies:
-            lowest = min(energies) if lowest is None else lowest
-            found[f"{name}, ALPB"] = (min(energies) - lowest) * EV
+        minima += [relaxed(implicit, frames[k].astype(np.float64)) for k in some[:: max(1, len(some) // 6)]]
+    # a frame near the border of two regions may end in the other one
+    reached, energies = regions_of(np.array([x for x, _ in minima])), np.array([e for _, e in minima])
+    for name, mask in reached.masks.items():
+        if mask.any():
+            found[f"{name}, ALPB"] = float(energies[mask].min() - energies.min()) * EV
             print(f"  {name:46s} {found[f'{name}, ALPB']:+5.1f} kcal/mol")
     return found
 
