@@ -68,11 +68,13 @@ class LoopOptions:
         warmup_steps: over which the learning rate rises linearly from zero.
         weight_decay: decoupled (AdamW) or added to the gradient (AMSGrad).
         schedule: "cosine", "plateau" (times `plateau_factor` after `plateau_patience` validations without a better
-            loss) or "constant".
+            one) or "constant".
         clip_norm: largest 2-norm of the gradient; None for no limit.
         ema_decay: 0 keeps the last parameters themselves.
-        validate_every: steps between validations.
-        patience: stop after so many validations without a better loss; None trains to the end.
+        validate_every: steps between validations. best_by: the validation error whose least value decides what is kept,
+            "loss" or another of the history, such as "forces_mae" (a squared loss follows the few worst frames); "last"
+            keeps the end of a schedule whatever validation says.
+        patience: stop after so many validations without a better one; None trains to the end.
         checkpoint_seconds: between checkpoints.
         seed: of the initial parameters and dropout.
     """
@@ -89,6 +91,7 @@ class LoopOptions:
     clip_norm: float | None = 10.0
     ema_decay: float = 0.999
     validate_every: int = 1000
+    best_by: str = "loss"
     patience: int | None = None
     checkpoint_seconds: float = 60.0
     seed: int = 0
@@ -114,7 +117,8 @@ class TrainingState:
         step: steps done. lowered: plateau reductions so far. since_best: validations since the best one, since_lowered:
             those since the last reduction.
         sums: training terms since the last validation, and how many.
-        history: one row per validation. best: step, validation loss and parameters of the best one.
+        history: one row per validation. best: step, loss and parameters of the best one, and the
+            error by which it was judged.
     """
 
     model: nn.Module
@@ -220,9 +224,13 @@ def record_validation(state: TrainingState, metrics: dict[str, float], options: 
     state.history.append(row)
     if not math.isfinite(metrics["loss"]):
         raise FloatingPointError(f"the validation loss is {metrics['loss']} at step {state.step}")
-    if not state.best or metrics["loss"] < state.best["loss"]:
+    errors = {**metrics, "last": -float(state.step)}
+    if options.best_by not in errors:
+        raise ValueError(f"best_by: expected one of {', '.join(errors)}, got {options.best_by!r}")
+    judged = errors[options.best_by]
+    if not state.best or judged < state.best["judged"]:
         tensors = {name: t.detach().clone() for name, t in state.ema.state_dict().items()}
-        state.best = {"step": state.step, "loss": metrics["loss"], "tensors": tensors}
+        state.best = {"step": state.step, "loss": metrics["loss"], "judged": judged, "tensors": tensors}
         state.since_best = state.since_lowered = 0
         return True
     state.since_best += 1
@@ -280,6 +288,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         torch.cuda.set_rng_state(content["rng"]["cuda"])
     for name in _COUNTERS:
         setattr(state, name, content[name])
+    if state.best:
+        # files from before there was a choice were judged by the loss
+        state.best.setdefault("judged", state.best["loss"])
 
 
 # -- the whole run ---------------------------------------------------------------------------------------------------

@@ -150,6 +150,28 @@ def test_best_parameters_are_those_of_the_best_validation(tmp_path: Path) -> Non
     assert float(state.ema.weight) == last
 
 
+def test_another_error_than_the_loss_may_decide_what_is_kept(tmp_path: Path) -> None:
+    """The loss grows while the other error falls: by it the last is the best, also after a checkpoint."""
+    settings = options(best_by="forces_mae")
+    state = loop.init(line(), settings)
+    for step, (loss, error) in enumerate([(1.0, 5.0), (2.0, 4.0), (3.0, 4.5)]):
+        state.step = step
+        loop.record_validation(state, {"loss": loss, "forces_mae": error}, settings, 0.0)
+    assert state.best["step"] == 1 and state.best["judged"] == 4.0 and state.best["loss"] == 2.0
+    loop.save_checkpoint(tmp_path / "c.pt", state, settings)
+    again = loop.init(line(), settings)
+    loop.load_checkpoint(tmp_path / "c.pt", again)
+    assert loop.record_validation(again, {"loss": 9.0, "forces_mae": 3.9}, settings, 0.0)
+    with pytest.raises(ValueError, match="best_by: expected one of loss, forces_mae, last, got 'forces'"):
+        loop.record_validation(again, {"loss": 9.0, "forces_mae": 3.9}, options(best_by="forces"), 0.0)
+    state.step = 7
+    state.best = {}
+    for step in (7, 8):
+        state.step = step
+        loop.record_validation(state, {"loss": float(step)}, options(best_by="last"), 0.0)
+    assert state.best["step"] == 8
+
+
 def test_gradients_are_clipped(tmp_path: Path) -> None:
     model = line()
     before = float(model.weight.detach())
