@@ -19,6 +19,7 @@ far_waters, splittings and carbenes are made here. Parts that were not asked for
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -205,6 +206,11 @@ def plot_carbenes(result: Mapping[str, Any], names: list[str]) -> None:
     save_figure(figure, HERE / f"{NAME}_carbenes.png")
 
 
+def _digest(shards: Mapping[str, str]) -> str:
+    """One checksum of the names and checksums of all shards."""
+    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", metavar="PATH", help="dataset folders; their test split is used")
@@ -224,7 +230,10 @@ def main() -> None:
         every, sources = load_labelled([Path(p) for p in args.data], "test")
         structures = known_to_all(models, every)
         result["data"] = {
-            "sources": sources,
+            "sources": [
+                {**source, "shards": len(source["shards"]), "sha256_of_shards": _digest(source["shards"])}
+                for source in sources
+            ],
             "structures": len(structures),
             "unknown_to_a_model": len(every) - len(structures),
         }

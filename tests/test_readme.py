@@ -15,7 +15,7 @@ from openmm_mlff import _plugins, cli
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conda-recipe/README.md", "models/README.md"),
     *("docs/embedding.md", "docs/ensembles.md", "docs/gdml.md", "docs/led.md", "docs/long_range.md"),
-    *("docs/resolv.md", "docs/so3krates.md"),
+    *("docs/resolv.md", "docs/so3krates.md", "docs/spookynet_bio.md"),
 )
 
 
