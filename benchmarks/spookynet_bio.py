@@ -162,21 +162,29 @@ PARTS: dict[str, Callable[[Models, Sequence[Structure]], dict[str, Any]]] = {
 def plot_classes(rows: Sequence[Mapping[str, Any]], names: list[str]) -> None:
     """Force errors of every class and model, largest of the first model on top."""
     plt = pyplot()
+    from matplotlib.ticker import LogLocator
+
     shown = sorted(
         (r for r in rows if all("forces_mae" in r[n] for n in names)), key=lambda r: r[names[0]]["forces_mae"]
     )
+    lines = np.arange(len(shown))
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 0.34 * len(shown) + 1.3))
-        height = 0.8 / len(names)
-        for k, name in enumerate(names):
+        figure, axis = plt.subplots(figsize=(6.4, 0.27 * len(shown) + 1.2))
+        errors = {name: np.array([r[name]["forces_mae"] for r in shown]) for name in names}
+        if OTHER in names:
+            axis.plot(errors[OTHER] / 2, lines, "|", color=GREY, markersize=9, label="half of published")
+            axis.hlines(lines, errors[names[0]], errors[OTHER], color=GREY, linewidth=0.8, alpha=0.6, zorder=0)
+        for k, name in reversed(list(enumerate(names))):
             colour = GREY if name == OTHER else (BLUE, ORANGE, "#3a8f4d", "#8055a8")[k % 4]
-            y = np.arange(len(shown)) + (len(names) - 1 - 2 * k) * 0.5 * height
-            axis.barh(y, [r[name]["forces_mae"] for r in shown], height=0.92 * height, color=colour, label=name)
-        axis.set_yticks(range(len(shown)), [f"{r['name']} ({r['structures']})" for r in shown])
+            axis.plot(errors[name], lines, "s" if name == OTHER else "o", color=colour, markersize=5, label=name)
+        axis.set_yticks(lines, [f"{r['name']} ({r['structures']})" for r in shown])
+        axis.set_ylim(-0.7, len(shown) - 0.3)
         axis.set_xscale("log")
         axis.set_xlabel("force MAE (meV/Å), molecules not seen in training")
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.grid(axis="x", alpha=0.25, linewidth=0.5)
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            formatter(lambda value, _: f"{value:g}")
+        axis.grid(alpha=0.25, linewidth=0.5, which="both")
         axis.legend(loc="lower right", fontsize=8)
         figure.tight_layout()
     save_figure(figure, HERE / f"{NAME}_classes.png")
