@@ -30,6 +30,7 @@ from openmm_mlff.data.structures import Structure
 from openmm_mlff.training import loop
 from openmm_mlff.training.evaluation import compare
 from openmm_mlff.training.force_matching import ForceMatching
+from openmm_mlff.training.loop_options import LoopOptions
 from openmm_mlff.training.losses import LossWeights
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 
@@ -99,7 +100,7 @@ def train(data: dict[str, list[Structure]], steps: int, processes: int, folder: 
     method = ForceMatching(
         model, data["train"], data["valid"], *weights, batch_size=64, processes=processes, batch_atoms=256, native=True
     )
-    options = loop.LoopOptions(
+    options = LoopOptions(
         steps=steps, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100, validate_every=250, ema_decay=0.99
     )
     try:

@@ -47,7 +47,7 @@ from openmm_mlff.data.files import sha256_of
 from openmm_mlff.data.formats import read_structures
 from openmm_mlff.data.joining import join_apart
 from openmm_mlff.data.structures import Structure
-from openmm_mlff.training.loop import LoopOptions
+from openmm_mlff.training.loop_options import LoopOptions
 from openmm_mlff.training.losses import LossWeights
 
 SPLITS = ("train", "valid", "test")

@@ -23,7 +23,8 @@ from openmm_led.slow_modes import slow_modes
 from openmm_led.support import Support
 from openmm_led.trajectories import Trajectories, check_separate, describe
 from openmm_mlff.data.jobs import claim_folder
-from openmm_mlff.training.loop import LoopOptions, averaged, fit
+from openmm_mlff.training.loop import averaged, fit
+from openmm_mlff.training.loop_options import LoopOptions
 
 #: latent points of the training data that the model keeps to know its support
 SUPPORT_POINTS = 20_000

@@ -19,7 +19,8 @@ from torch import nn
 from openmm_mlff.data.datasets import write_dataset
 from openmm_mlff.training import loop
 from openmm_mlff.training.force_matching import ForceMatching
-from openmm_mlff.training.loop import LoopOptions, TrainingState
+from openmm_mlff.training.loop import TrainingState
+from openmm_mlff.training.loop_options import LoopOptions
 from openmm_mlff.training.losses import LossWeights
 
 
