@@ -213,6 +213,9 @@ def spookynet_bio(read: Read) -> Iterator[str]:
     yield f"the rank correlation is {forces['spearman']:.2f}"
     yield f"{100 * calibration['frames']['rows'][0]['flagged']:.0f} % are noticed"
     yield f"{calibration['factors']['force_limit']:.1f} eV/Å, is the largest uncertainty"
+    parts = [part["test"] for part in read("spookynet_learning_curve")["parts"]]
+    yield "forces {:.0f}, {:.0f}, {:.0f} meV/Å".format(*(part["forces_mae"] for part in parts))
+    yield "energies {:.0f}, {:.0f}, {:.0f} meV/atom".format(*(part["energy_mae"] for part in parts))
 
 
 PAGES = [so3krates, embedding, long_range, gdml, spookynet_bio]
