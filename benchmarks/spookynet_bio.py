@@ -9,7 +9,8 @@ Parts, each in a section of spookynet_bio.json:
 * relative: energies of zwitterions and charged peptides relative to their neutral forms;
 * far_waters: what 1 to 10 waters 60 angstrom away add to the energy of a peptide or an ion;
 * splittings: singlets and triplets of small molecules, and the signs of experiment;
-* carbenes: bending of carbenes in both spin states.
+* carbenes: bending of carbenes in both spin states;
+* transfers: frames of zwitterions and salt bridges, minimised: whether the proton moves where GFN2-xTB moves it.
 
 The published checkpoint was fitted without spin polarisation, so that open shells have a row of their own, and that its
 energies are shifted by those of free atoms without less with polarisation before they are compared. Labels of
@@ -38,6 +39,7 @@ from _bio_measures import (
     splittings,
 )
 from _bio_molecules import unpolarised_shifts
+from _bio_transfer import TRAINED, transfers
 from _common import HERE, PUBLISHED, machine, write
 from rich.console import Console
 from rich.table import Table
@@ -151,12 +153,27 @@ def part_carbenes(models: Models, structures: Sequence[Structure]) -> dict[str, 
     return result
 
 
+def part_transfers(models: Models, structures: Sequence[Structure]) -> dict[str, Any]:
+    trained = [s for s in structures if s.group in TRAINED]
+    result = transfers(models, [s for s in structures if s.group not in TRAINED], trained)
+    table = Table(title="minima from frames whose protons were held (by the model too / by GFN2-xTB)")
+    for column in ("", "groups", *(f"{what}\n{m}" for m in models for what in ("moved", "left"))):
+        table.add_column(column, justify="right" if column else "left")
+    for kind, row in result["kinds"].items():
+        cells = [f"{row[m][what + '_too']} / {row[what + '_by_gfn2']}" for m in models for what in ("moved", "left")]
+        table.add_row(kind, str(row["groups"]), *cells)
+    console.print(table)
+    return result
+
+
 PARTS: dict[str, Callable[[Models, Sequence[Structure]], dict[str, Any]]] = {
     "classes": part_classes,
     "far_waters": part_far_waters,
     "splittings": part_splittings,
     "carbenes": part_carbenes,
+    "transfers": part_transfers,
 }
+OF_DATA = ("classes", "transfers")
 
 
 def plot_classes(rows: Sequence[Mapping[str, Any]], names: list[str]) -> None:
@@ -232,9 +249,7 @@ def main() -> None:
     if result.get("models") != described:
         result = {}
     structures: list[Structure] = []
-    if not args.part or "classes" in args.part:
-        if not args.data:
-            parser.error("--data: the part classes needs a dataset")
+    if args.data:
         every, sources = load_labelled([Path(p) for p in args.data], "test")
         structures = known_to_all(models, every)
         result["data"] = {
@@ -247,7 +262,12 @@ def main() -> None:
         }
     result |= {"models": described, "machine": machine()}
     for name in args.part or PARTS:
-        result[name] = PARTS[name](models, structures)
+        if name in OF_DATA and not args.data:
+            parser.error(f"--data: the part {name} needs a dataset")
+        more: list[Structure] = []
+        if name == "transfers":
+            more = [s for s in load_labelled([Path(p) for p in args.data], "train")[0] if s.group in TRAINED]
+        result[name] = PARTS[name](models, [*structures, *more])
     write(NAME, result)
 
 
