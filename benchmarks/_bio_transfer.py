@@ -90,7 +90,7 @@ def _drawn(structures: Sequence[Structure]) -> list[Structure]:
 
 
 def transfers(models: Mapping[str, Potential], test: Sequence[Structure], train: Sequence[Structure]) -> dict[str, Any]:
-    """Minima from the same frames: how often GFN2-xTB moves a proton, and whether each model does then, and else not."""
+    """Minima from the same frames: how often GFN2-xTB moves a proton, and whether each model does where it does."""
     rows = []
     for kind, structures in starts(test, train).items():
         for s in structures:
