@@ -1,0 +1,46 @@
+"""What the JSON files say of the figures in docs/spookynet_bio.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .common import Read, signed
+
+
+def figures(read: Read) -> Iterator[str]:
+    data, bio, calibration = (read(n) for n in ("bio_dataset", "spookynet_bio", "spookynet_bio_calibration"))
+    yield f"{data['structures']:,} structures of {data['groups']:,} molecules and complexes"
+    yield "({train:,} train, {valid:,} valid, {test:,} test;".format(**data["splits"])
+
+    def cell(row: dict[str, Any], quantity: str, digits: int) -> str:
+        error = row.get(f"{quantity}_error")
+        return f"{row[quantity]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+    for row in [r for table in bio["classes"]["tables"].values() for r in table]:
+        own, published = row["ensemble"], row["published"]
+        forces = f"{row['structures']} | {cell(own, 'forces_mae', 0)} | {cell(published, 'forces_mae', 0)}"
+        yield f"| {forces} | {cell(own, 'energy_mae', 1)} | {cell(published, 'energy_mae', 0)} |"
+    yield "({} of {})".format(*bio["classes"]["half"]["ensemble"])
+    errors = bio["classes"]["relative"]["mean_absolute"]
+    for label, words in (("zwitterion", "mean error"), ("charged peptide", "relative to neutral ones")):
+        count = sum(r["class"] == label for r in bio["classes"]["relative"]["rows"])
+        yield f"{words} {errors[label]['ensemble']:.2f} eV over {count}"
+        yield f"(published: {errors[label]['published']:.1f})"
+    spins = {r["name"]: abs(r["ensemble"] - r["GFN2-xTB"]) for r in bio["splittings"]["rows"]}
+    unseen = ("butadiene", "CHF", "phenylnitrene")
+    trained = [error for name, error in spins.items() if name not in unseen]
+    near = sum(error <= 0.1 for error in trained)
+    yield f"of {len(trained)} singlet-triplet splittings of molecules that were trained on, {near}"
+    yield "butadiene {:.2f}, CHF {:.2f}, phenylnitrene {:.1f} eV".format(*(spins[name] for name in unseen))
+    far = bio["far_waters"]["rows"]
+    for solute in {row["solute"] for row in far}:
+        values = [1e3 * row["ensemble"] for row in far if row["solute"] == solute]
+        yield f"| {solute} | {' | '.join(signed(x, 1) for x in values)} |"
+    forces = calibration["forces"]["rows"][0]
+    yield f"the rank correlation is {forces['spearman']:.2f}"
+    yield f"{100 * calibration['frames']['rows'][0]['flagged']:.0f} % are noticed"
+    yield f"{calibration['factors']['force_limit']:.1f} eV/Å, is the largest uncertainty"
+    parts = [part["test"] for part in read("spookynet_learning_curve")["parts"]]
+    yield "forces {:.0f}, {:.0f}, {:.0f} meV/Å".format(*(part["forces_mae"] for part in parts))
+    yield "energies {:.0f}, {:.0f}, {:.0f} meV/atom".format(*(part["energy_mae"] for part in parts))
