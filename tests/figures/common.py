@@ -24,7 +24,7 @@ def rounded(x: float, digits: int = 0) -> str:
 
 
 def significant(x: float, digits: int = 3) -> str:
-    """Thousands apart; all digits before the point are kept where there are fewer than `digits`."""
+    """Thousands apart; without decimals where the number is shorter than `digits`."""
     return f"{float(f'{x:.{digits}g}'):,.0f}" if x >= 10**digits else f"{x:.0f}"
 
 
@@ -33,6 +33,12 @@ def within(x: float) -> str:
     exponent = floor(log10(x))
     digit = ceil(x / 1.05 / 10**exponent)
     return power(digit * 10.0**exponent)
+
+
+def floored(x: float) -> str:
+    """The first digit alone, for "at least"."""
+    scale = 10 ** floor(log10(x))
+    return f"{floor(x / scale) * scale:,}"
 
 
 def power(x: float) -> str:

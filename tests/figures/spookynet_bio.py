@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 from .common import Read, signed
@@ -22,25 +23,39 @@ def figures(read: Read) -> Iterator[str]:
         forces = f"{row['structures']} | {cell(own, 'forces_mae', 0)} | {cell(published, 'forces_mae', 0)}"
         yield f"| {forces} | {cell(own, 'energy_mae', 1)} | {cell(published, 'energy_mae', 0)} |"
     yield "({} of {})".format(*bio["classes"]["half"]["ensemble"])
+    whole = bio["classes"]["tables"]["all"][0]["ensemble"]
+    yield f"Errors of {whole['forces_mae']:.0f} meV/Å and {whole['energy_mae']:.0f} meV/atom"
     errors = bio["classes"]["relative"]["mean_absolute"]
     for label, words in (("zwitterion", "mean error"), ("charged peptide", "relative to neutral ones")):
         count = sum(r["class"] == label for r in bio["classes"]["relative"]["rows"])
         yield f"{words} {errors[label]['ensemble']:.2f} eV over {count}"
-        yield f"(published: {errors[label]['published']:.1f})"
+        largest = max(abs(r["ensemble"]) for r in bio["classes"]["relative"]["rows"] if r["class"] == label)
+        yield f"largest {largest:.2f} (published: {errors[label]['published']:.1f})"
     spins = {r["name"]: abs(r["ensemble"] - r["GFN2-xTB"]) for r in bio["splittings"]["rows"]}
     unseen = ("butadiene", "CHF", "phenylnitrene")
     trained = [error for name, error in spins.items() if name not in unseen]
     near = sum(error <= 0.1 for error in trained)
     yield f"of {len(trained)} singlet-triplet splittings of molecules that were trained on, {near}"
     yield "butadiene {:.2f}, CHF {:.2f}, phenylnitrene {:.1f} eV".format(*(spins[name] for name in unseen))
+    right = {model: sum((row[model] < 0) == (row["ground_by_experiment"] == 3) for row in bio["splittings"]["rows"])
+             for model in ("ensemble", "published")}  # fmt: skip
+    yield f"in {right['ensemble']} of {len(spins)} cases (published: {right['published']} of {len(spins)})"
+    scans = {name: scan["rmse"]["ensemble"] for name, scan in bio["carbenes"]["scans"].items()}
+    yield "{CH2:.2f} (CH2), {CF2:.2f} (CF2), {CCl2:.2f} (CCl2) and {CHF:.2f} eV (CHF".format(**scans)
     far = bio["far_waters"]["rows"]
+    yield f"GFN2-xTB: at most {ceil(max(1e3 * abs(row['GFN2-xTB']) for row in far))} meV"
     for solute in {row["solute"] for row in far}:
         values = [1e3 * row["ensemble"] for row in far if row["solute"] == solute]
-        yield f"| {solute} | {' | '.join(signed(x, 1) for x in values)} |"
+        published = [1e3 * row["published"] for row in far if row["solute"] == solute][-1]
+        yield f"| {solute} | {' | '.join(signed(x, 1) for x in values)} | {signed(published).replace(',', '')} |"
     forces = calibration["forces"]["rows"][0]
     yield f"the rank correlation is {forces['spearman']:.2f}"
     yield f"{100 * calibration['frames']['rows'][0]['flagged']:.0f} % are noticed"
+    factors = calibration["factors"]
+    yield f"Spreads times {factors['force_factor']:.1f} (forces) and {factors['energy_factor']:.1f} (energies)"
     yield f"{calibration['factors']['force_limit']:.1f} eV/Å, is the largest uncertainty"
-    parts = [part["test"] for part in read("spookynet_learning_curve")["parts"]]
+    curve = read("spookynet_learning_curve")["parts"]
+    yield "from {:,}, {:,} and {:,} structures".format(*(part["structures"] for part in curve))
+    parts = [part["test"] for part in curve]
     yield "forces {:.0f}, {:.0f}, {:.0f} meV/Å".format(*(part["forces_mae"] for part in parts))
     yield "energies {:.0f}, {:.0f}, {:.0f} meV/atom".format(*(part["energy_mae"] for part in parts))
