@@ -77,8 +77,8 @@ def hydration(read: Read) -> Iterator[str]:
     gain = found["gaff_minus_pair"]
     low, high = (rounded(gain[end], 2).replace("-", "−") for end in ("low", "high"))
     yield f"by {rounded(abs(gain['mae_difference']), 2)} kcal/mol (95 % interval {low} to {high})"
-    errors = {row["name"]: abs(row["predicted"] - row["experiment"]) for row in found["rows"]}
-    first, second = (rounded(round(errors[name], 3), 1) for name in found["worst"][:2])
+    off = {row["name"]: abs(row["predicted"] - row["experiment"]) for row in found["rows"]}
+    first, second = (rounded(round(off[name], 3), 1) for name in found["worst"][:2])
     yield f"{first} and {second} kcal/mol"
     yield f"Statistical errors are {rounded(found['mean_statistical_error'], 2)} kcal/mol on average"
 
