@@ -63,7 +63,7 @@ def compare(members: list[Potential], structure: Structure, rounds: int, separat
     if separately:
         apart = ensemble.evaluator(structure, compile=True)
         assert isinstance(apart, EnsembleEvaluator)
-        apart._separate()
+        apart._fall_back()
         kinds["one_by_one"] = apart
     frames = rattled(structure, FRAMES)
     found = {name: evaluator.arrays(frames[0]) for name, evaluator in kinds.items()}

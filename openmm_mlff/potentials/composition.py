@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openmm_mlff.data.structures import Batch, Structure
-from openmm_mlff.potentials.evaluator import OUTPUTS, Evaluator
+from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.neighbors import VerletPairs
 from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
 
@@ -153,32 +153,11 @@ class Composite(Potential):
             force = torch.zeros_like(batch.positions)
         return Evaluation(energy, forces=force)
 
-    def evaluator(
-        self,
-        batch: Batch | Structure | Sequence[Structure],
-        outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool | str = False,
-    ) -> Evaluator:
-        """As in the base class: the members' own evaluators, whose weights may change between calls."""
-        self.check_outputs(outputs)
-        if not isinstance(batch, Batch):
-            batch = [batch] if isinstance(batch, Structure) else list(batch)
-            for structure in batch:
-                self.check(structure)
-        return self._make_evaluator(batch, tuple(outputs), compile)
-
     def _make_evaluator(
         self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
-    ) -> CompositeEvaluator:
+    ) -> Evaluator:
+        """The members' own evaluators, whose weights may change between calls."""
         return CompositeEvaluator(self, batch, outputs, compile)
-
-    def check_outputs(self, outputs: Sequence[str]) -> None:
-        """Refuse (`ValueError`) names that are no output, and charges where there are none."""
-        unknown = [name for name in outputs if name not in OUTPUTS]
-        if unknown:
-            raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
-        if "charges" in outputs and not self.predicts_charges:
-            raise ValueError(f"outputs: {self.family or type(self).__name__} predicts no charges")
 
     def hessian_products(self, structure: Structure, directions: np.ndarray) -> np.ndarray:
         """As in the base class, by every member's own way."""

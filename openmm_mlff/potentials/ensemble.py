@@ -8,7 +8,6 @@ the evaluation that gives the energy and forces.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from torch import Tensor
 from openmm_mlff.data import model_file
 from openmm_mlff.data.structures import Batch, Structure, collate
 from openmm_mlff.potentials.composition import Composite, CompositeEvaluator, CompositePairs, member_batch
+from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.family import Family, load_potential, make_card, save_potential
-from openmm_mlff.potentials.neighbors import derive, with_pairs
-from openmm_mlff.potentials.potential import Evaluation, Members, Potential, Prediction
-
-logger = logging.getLogger(__name__)
+from openmm_mlff.potentials.native_evaluator import Found, NativeEvaluator
+from openmm_mlff.potentials.potential import Evaluation, Potential, Prediction
 
 
 @dataclass(frozen=True)
@@ -118,53 +116,55 @@ class Ensemble(Composite):
 
     def _make_evaluator(
         self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
-    ) -> EnsembleEvaluator:
+    ) -> Evaluator:
         """Spreads cost nothing more, so they are there whether or not `outputs` names them."""
         return EnsembleEvaluator(self, batch, outputs, compile)
 
 
-class EnsembleEvaluator(CompositeEvaluator):
+class EnsembleEvaluator(NativeEvaluator, CompositeEvaluator):
     """``f(positions, cell=None, potential=None) -> Evaluation`` of all members: as one, or by their own evaluators.
 
     Args of the constructor: see `Potential.evaluator`. With ``compile`` True or 'auto' the members run as one where
-    their family can do that (`Potential.together`), unless its forces are not those of `evaluate` on the first frame.
+    their family can do that (`Potential.together`) and this gives the torch form's numbers (see `NativeEvaluator`).
 
     Attributes:
         evaluators: those of the members, by name; empty while they run as one.
-        pairs: the pair lists (see `CompositePairs`).
+        pairs: the pair lists of what runs (see `CompositePairs`).
         spreads: of the last call.
     """
+
+    model: Ensemble
+    pairs: CompositePairs
+    _complaint = "the members as one and one by one disagree by %.1e eV/angstrom; running one by one"
 
     def __init__(
         self, model: Ensemble, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str = False
     ) -> None:
         model.eval()
-        self.model: Ensemble = model
+        model.check_outputs(outputs, compile)
+        self.model = model
         self.outputs, self.compile = outputs, compile
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
         self._given, self._batch = batch, batch if isinstance(batch, Batch) else collate(batch)
+        self._periodic = self._batch.cell is not None
         self.evaluators = {}
-        self._proved = False
-        members = list(model.members.values())
-        self._joint: Members | None = None if compile is False else members[0].together(members, self._batch)
-        if self._joint is None:
-            self._separate()
+        if compile is not False:
+            self._native = self._models[0].together(self._models, self._batch)
+        if self._native is None:
+            self._fall_back()
         else:
-            self.pairs = self._joint.pairs  # type: ignore[assignment]
+            self.pairs = self._native.pairs  # type: ignore[assignment]
 
-    def _separate(self) -> None:
+    @property
+    def _models(self) -> list[Potential]:
+        return list(self.model.members.values())
+
+    def _fall_back(self) -> None:
         """Run the members one after the other."""
-        self._joint = None
+        self._native = None
         wanted = tuple(dict.fromkeys(("energy", *(name for name in self.outputs if name != "spread"))))
         members = self.model.members.items()
         self.evaluators = {name: m.evaluator(self._given, wanted, self.compile) for name, m in members}
         self.pairs = CompositePairs(self.evaluators, self.model.device)
-
-    @property
-    def compiled(self) -> bool | None:
-        """Whether native code or compiled graphs run for all members; None before the first call."""
-        return super().compiled if self._joint is None else True if self._proved else None
 
     def __call__(
         self,
@@ -175,9 +175,9 @@ class EnsembleEvaluator(CompositeEvaluator):
         """Evaluate at new positions; arguments as in the base class."""
         if potential is not None and not self.model.predicts_charges:
             self.model._refuse_field(potential)
-        found = self._jointly(positions, cell, potential)
+        found = self._natively(positions, cell, potential)
         if found is not None:
-            result = self._as_evaluation(found, positions)
+            result = self._evaluation(found, positions)
         else:
             active = self.model.weights
             self.pairs.before(active)
@@ -198,7 +198,7 @@ class EnsembleEvaluator(CompositeEvaluator):
     def member_arrays(self, positions: np.ndarray, cell: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Every member's energies ``(n_members, n_structures)`` eV and forces ``(n_members, n_atoms, 3)`` eV/angstrom,
         float64."""
-        found = self._jointly(positions, cell, None)
+        found = self._natively(positions, cell)
         if found is not None:
             return found[:2]
         active = self.model.weights
@@ -207,55 +207,15 @@ class EnsembleEvaluator(CompositeEvaluator):
         self.pairs.after(active, positions, cell)
         return np.stack([e for e, _ in every]), np.stack([f for _, f in every])
 
-    # -- all members as one ------------------------------------------------------------------------------------------
-
-    def _jointly(self, positions: Any, cell: Any, potential: Any) -> tuple[np.ndarray, np.ndarray, Any] | None:
-        """What all members give in one call; None if they run one after the other."""
-        if self._joint is None:
-            return None
-        given = [None if x is None else np.asarray(x, dtype=np.float64) for x in (positions, cell, potential)]
-        assert given[0] is not None
-        found = self._joint.arrays(given[0], given[1], given[2])
-        if not self._proved:
-            off = self._difference(found[1], given)
-            # written so that NaN fails too
-            if not off <= self._joint.tolerance * max(1.0, float(np.abs(found[1]).max())):
-                logger.warning(
-                    "compile: the members as one and one by one disagree by %.1e eV/angstrom; running one by one", off
-                )
-                self._separate()
-                return None
-            self._proved = True
-        return found
-
-    def _difference(self, forces: np.ndarray, given: list[np.ndarray | None]) -> float:
-        """eV/angstrom, of all members' forces from those of `evaluate`."""
-        positions, cell, potential = (None if x is None else torch.from_numpy(x) for x in given)
-        assert positions is not None
-        box = None if cell is None else cell.reshape(-1, 3, 3)
-        bare = self._batch.replace(positions=positions, cell=box, pairs=None, long_range_pairs=None)
-        off = 0.0
-        for member, own in zip(self.model.members.values(), forces, strict=True):
-            lists = with_pairs(bare, member.cutoff, member.long_range, member.long_range_cutoff)
-            exact = derive(lists.to(dtype=member.dtype))
-            exact.external_potential = None if potential is None else potential.to(member.dtype)
-            expected = member.evaluate(exact).forces
-            assert expected is not None
-            off = max(off, float(np.abs(own - _float64(expected)).max()))
-        return off
-
-    def _as_evaluation(self, found: tuple[np.ndarray, np.ndarray, Any], positions: Any) -> Evaluation:
+    def _evaluation(self, found: Found, positions: Tensor | np.ndarray) -> Evaluation:
+        """The means of all members and their spreads, whether or not these are wanted."""
         energies, forces, charges = found
-        spreads = spread_of(energies, forces)
-        result = Evaluation(torch.from_numpy(energies.mean(0)), spread=torch.from_numpy(spreads[0]))
-        if "forces" in self.outputs:
-            result.forces, result.force_spread = torch.from_numpy(forces.mean(0)), torch.from_numpy(spreads[1])
-        if charges is not None:
-            mean = torch.from_numpy(charges.mean(0))
-            result.charges = mean if "charges" in self.outputs else None
-            if "dipole" in self.outputs:
-                exact = torch.as_tensor(positions, dtype=torch.float64)
-                result.dipole = self._batch.sum_by_structure(mean[:, None] * exact)
+        means = (energies.mean(0)[None], forces.mean(0)[None], None if charges is None else charges.mean(0)[None])
+        result = super()._evaluation(means, positions)
+        energy_spread, force_spread = spread_of(energies, forces)
+        result.spread = torch.from_numpy(energy_spread)
+        if result.forces is not None:
+            result.force_spread = torch.from_numpy(force_spread)
         return result
 
 

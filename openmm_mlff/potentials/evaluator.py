@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = ("energy", "forces", "charges", "dipole", "spread")
-
 
 class Evaluator:
     """``f(positions, cell=None, potential=None) -> Evaluation`` for the atoms of one batch.
@@ -47,11 +45,7 @@ class Evaluator:
         compile: bool | str = False,
         skin: float = DEFAULT_SKIN,
     ) -> None:
-        unknown = [name for name in outputs if name not in OUTPUTS]
-        if unknown:
-            raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
-        if "charges" in outputs and not model.predicts_charges:
-            raise ValueError(f"outputs: {model.family} predicts no charges")
+        model.check_outputs(outputs, compile)
         self.model = model.eval()
         self.outputs = outputs
         self._batch = batch.to(device=model.device, dtype=model.dtype).replace(external_potential=None)
@@ -59,8 +53,6 @@ class Evaluator:
         self.pairs = VerletPairs(self._batch, model.cutoff, model.long_range, model.long_range_cutoff, skin)
         with torch.no_grad():
             self._fixed = model.fixed(self._batch)
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
         self.compile = compile
         # what runs without and with an external potential; chosen on the first call of each kind, then for ever
         self._run: dict[bool, Callable[[Batch], Evaluation]] = {}
@@ -105,23 +97,34 @@ class Evaluator:
         """The batch at new positions, with valid pair lists, in the model's precision."""
         device, dtype = self._batch.positions.device, self._batch.positions.dtype
         exact = torch.as_tensor(positions, dtype=torch.float64, device=device)
-        if exact.shape != (self._batch.n_atoms, 3):
-            raise ValueError(f"positions: expected shape {(self._batch.n_atoms, 3)}, got {tuple(exact.shape)}")
         box = None
-        if self._periodic:
-            if cell is None:
-                raise ValueError("cell: expected box vectors, because the batch is periodic, got None")
+        if self._periodic and cell is not None:
             box = torch.as_tensor(cell, dtype=torch.float64, device=device)
-            box = box[None] if box.dim() == 2 else box
-            if box.shape != (self._batch.n_structures, 3, 3):
-                raise ValueError(f"cell: expected shape {(self._batch.n_structures, 3, 3)}, got {tuple(box.shape)}")
         phi = None if potential is None else torch.as_tensor(potential, dtype=dtype, device=device)
-        if phi is not None and phi.shape != (self._batch.n_atoms,):
-            raise ValueError(f"potential: expected shape {(self._batch.n_atoms,)}, got {tuple(phi.shape)}")
+        self._check_shapes(exact, box, phi)
+        box = None if box is None else box.reshape(-1, 3, 3)
         batch = self.pairs.update(exact, box)
         self._centre = self._batch.sum_by_structure(exact) / self._batch.counts[:, None]
         centred = exact - self._batch.per_atom(self._centre)
         return batch.at(centred.to(dtype), None if box is None else box.to(dtype), phi)
+
+    def _check_shapes(
+        self,
+        positions: Tensor | np.ndarray,
+        cell: Tensor | np.ndarray | None,
+        potential: Tensor | np.ndarray | None,
+    ) -> None:
+        """Refuse (`ValueError`) shapes that are not those of the batch, and a periodic batch without a cell."""
+        n, n_structures = self._batch.n_atoms, self._batch.n_structures
+        if positions.shape != (n, 3):
+            raise ValueError(f"positions: expected shape {(n, 3)}, got {tuple(positions.shape)}")
+        if self._periodic:
+            if cell is None:
+                raise ValueError("cell: expected box vectors, because the batch is periodic, got None")
+            if cell.shape != (n_structures, 3, 3) and (n_structures > 1 or cell.shape != (3, 3)):
+                raise ValueError(f"cell: expected shape {(n_structures, 3, 3)}, got {tuple(cell.shape)}")
+        if potential is not None and potential.shape != (n,):
+            raise ValueError(f"potential: expected shape {(n,)}, got {tuple(potential.shape)}")
 
     @property
     def compiled(self) -> bool | None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from openmm_mlff.potentials.evaluator import Evaluator
     from openmm_mlff.potentials.neighbors import VerletPairs
 
+#: what an evaluation can give
+OUTPUTS = ("energy", "forces", "charges", "dipole", "spread")
+
 
 @dataclass
 class Prediction:
@@ -62,7 +65,7 @@ class Members(Protocol):
 
     Attributes:
         pairs: the pair lists that all of them share.
-        tolerance: eV/angstrom, what their forces may differ by from those of `evaluate`.
+        tolerance: eV/angstrom, what their forces may differ by from those of the torch form.
     """
 
     pairs: VerletPairs
@@ -248,19 +251,45 @@ class Potential(nn.Module):
                 molecule is a batch of one, replicas are a batch of many.
             outputs: what is wanted among energy, forces, charges, dipole, spread.
             compile: True runs energy and forces as one compiled graph (made on the first call, about a minute, and
-                kept on disk), 'auto' does so if the disk has it, False runs op by op.
+                kept on disk), 'auto' does so if the disk has it, False runs op by op. Families with native code of
+                their own run that with True and 'auto'.
+
+        Raises `ValueError` for a structure that the model cannot describe and for outputs that it does not have.
         """
+        self.check_outputs(outputs, compile)
+        if not isinstance(batch, Batch):
+            batch = [batch] if isinstance(batch, Structure) else list(batch)
+            for structure in batch:
+                self.check(structure)
+        return self._make_evaluator(batch, tuple(outputs), compile)
+
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
+    ) -> Evaluator:
+        """What `evaluator` returns, for a batch or checked structures; families with their own evaluator write this."""
         from openmm_mlff.potentials.evaluator import Evaluator
 
-        if not isinstance(batch, Batch):
-            batch = self.batch(batch)
-        return Evaluator(self, batch, outputs=tuple(outputs), compile=compile)
+        return Evaluator(self, self._as_batch(batch), outputs, compile)
+
+    def _as_batch(self, batch: Batch | list[Structure]) -> Batch:
+        """What `_make_evaluator` was given, as a batch with pair lists."""
+        return batch if isinstance(batch, Batch) else self.batch(batch)
+
+    def check_outputs(self, outputs: Sequence[str], compile: bool | str = False) -> None:
+        """Refuse (`ValueError`) names that are no output, charges where there are none, and unknown ways to compile."""
+        unknown = [name for name in outputs if name not in OUTPUTS]
+        if unknown:
+            raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
+        if "charges" in outputs and not self.predicts_charges:
+            raise ValueError(f"outputs: {self.family or type(self).__name__} predicts no charges")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
 
     @classmethod
     def together(cls, members: Sequence[Self], batch: Batch) -> Members | None:
         """What evaluates models of one config for the atoms of a batch faster than one after the other, or None.
 
-        `batch` may have no pair lists. What comes back is checked against `evaluate` on its first frame.
+        `batch` may have no pair lists. What comes back is checked against the torch form on its first frame.
         """
         return None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from openmm_gdml.descriptor_graph import CompiledCopies, compiled_copies
 from openmm_gdml.native import FusedKernel, library
 from openmm_mlff.data.structures import Batch
-from openmm_mlff.potentials.evaluator import OUTPUTS, Evaluator
+from openmm_mlff.potentials.evaluator import Evaluator
 from openmm_mlff.potentials.neighbors import VerletPairs
 from openmm_mlff.potentials.potential import Evaluation
 
@@ -71,13 +71,7 @@ class GDMLEvaluator(Evaluator):
     def __init__(
         self, model: GDMLPotential, batch: Batch, outputs: tuple[str, ...], compile: bool | str = False
     ) -> None:
-        unknown = [name for name in outputs if name not in OUTPUTS]
-        if unknown:
-            raise ValueError(f"outputs: expected names among {', '.join(OUTPUTS)}, got {unknown[0]!r}")
-        if "charges" in outputs:
-            raise ValueError(f"outputs: {model.family} predicts no charges")
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+        model.check_outputs(outputs, compile)
         self.gdml = model.eval()
         self.model = model
         self.outputs = outputs

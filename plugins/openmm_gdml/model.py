@@ -12,7 +12,7 @@ The atoms of the query are permuted, not those of the training points. float64 t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -394,9 +394,12 @@ class GDMLPotential(Potential):
             compile: True and 'auto' run the fused kernel on the CPU (compiled within seconds, once per machine); False
                 the torch form.
         """
-        if not isinstance(batch, Batch):
-            batch = self.batch(batch)
-        return GDMLEvaluator(self, batch, tuple(outputs), compile)
+        return cast(GDMLEvaluator, super().evaluator(batch, outputs, compile))
+
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
+    ) -> GDMLEvaluator:
+        return GDMLEvaluator(self, self._as_batch(batch), outputs, compile)
 
     def energies_and_forces(self, positions: Tensor, lattice: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Energies ``(B,)`` eV and forces ``(B, N, 3)`` eV/angstrom of positions ``(B, N, 3)`` angstrom, no graph.

@@ -79,16 +79,11 @@ class NequIP(Potential):
             if int(value) != value:
                 raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
-    def evaluator(
-        self,
-        batch: Batch | Structure | Sequence[Structure],
-        outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool | str = False,
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
     ) -> Evaluator:
-        """As in the base class; 'auto' without a compiled graph runs the messages in C++ (see `messages`)."""
-        if not isinstance(batch, Batch):
-            batch = self.batch(batch)
-        return NequIPEvaluator(self, batch, outputs=tuple(outputs), compile=compile)
+        """'auto' without a compiled graph runs the messages in C++ (see `messages`)."""
+        return NequIPEvaluator(self, self._as_batch(batch), outputs, compile)
 
     # -- what the elements decide ----------------------------------------------------------------------------
 

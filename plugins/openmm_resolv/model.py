@@ -107,18 +107,11 @@ class ResolvPotential(Interpolated):
         bonds = bonds_within_reach(structure.numbers, structure.positions)
         check_one_molecule(structure.numbers, bonds, "the distances of their atoms")
 
-    def evaluator(
-        self,
-        batch: Batch | Structure | Sequence[Structure],
-        outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool | str = False,
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
     ) -> Evaluator:
-        """As in the base class; in phase 'water' or 'vacuum' the evaluator of that potential itself."""
+        """In phase 'water' or 'vacuum' the evaluator of that potential itself."""
         if self._free:
-            return super().evaluator(batch, outputs, compile)
-        self.check_outputs(outputs)
-        structures = [] if isinstance(batch, Batch) else [batch] if isinstance(batch, Structure) else batch
-        for structure in structures:
-            self.check(structure)
+            return super()._make_evaluator(batch, outputs, compile)
         wanted = tuple(name for name in ("energy", "forces") if name in outputs) or ("energy",)
         return self.members[self.phase].evaluator(batch, wanted, compile)

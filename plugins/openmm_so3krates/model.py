@@ -124,22 +124,16 @@ class SO3krates(Potential):
             lengths = collate([structure]).box_lengths
             refuse_large_ewald(len(structure), lengths, self.config.electrostatic_sigma, self.dtype)
 
-    def evaluator(
-        self,
-        batch: Batch | Structure | Sequence[Structure],
-        outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool | str = False,
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
     ) -> Evaluator:
-        """As in the base class; on the CPU, True and 'auto' run native code (see `fast.NativeEvaluator`)."""
+        """On the CPU, True and 'auto' run native code (see `fast.NativeEvaluator`)."""
         from openmm_so3krates.fast import NativeEvaluator
 
         if not isinstance(batch, Batch):
-            structures = [batch] if isinstance(batch, Structure) else list(batch)
-            for structure in structures:
-                self.check(structure)
-            # without pair lists: the evaluator makes its own
-            batch = collate(structures).to(device=self.device, dtype=self.dtype)
-        return NativeEvaluator(self, batch, outputs=tuple(outputs), compile=compile)
+            # without pair lists, which are large here: the evaluator makes its own
+            batch = collate(batch).to(device=self.device, dtype=self.dtype)
+        return NativeEvaluator(self, batch, outputs, compile)
 
     # -- what atoms, charge and spin decide ------------------------------------------------------------------
 

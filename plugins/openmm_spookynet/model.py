@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from openmm_mlff.data.structures import Batch, Structure
 from openmm_mlff.potentials.evaluator import Evaluator
+from openmm_mlff.potentials.native_evaluator import NativeEvaluator
 from openmm_mlff.potentials.potential import Members, Potential, Prediction
 from openmm_spookynet.config import SpookyNetConfig
 from openmm_spookynet.dispersion import D4Dispersion
@@ -202,18 +203,11 @@ class SpookyNet(Potential):
             if isinstance(module, Activation):
                 module.native = wanted
 
-    def evaluator(
-        self,
-        batch: Batch | Structure | Sequence[Structure],
-        outputs: Sequence[str] = ("energy", "forces"),
-        compile: bool | str = False,
+    def _make_evaluator(
+        self, batch: Batch | list[Structure], outputs: tuple[str, ...], compile: bool | str
     ) -> Evaluator:
-        """As in the base class; on the CPU, True and 'auto' run native code (see `fast.NativeEvaluator`)."""
-        from openmm_spookynet.fast import NativeEvaluator
-
-        if not isinstance(batch, Batch):
-            batch = self.batch(batch)
-        return NativeEvaluator(self, batch, tuple(outputs), compile)
+        """On the CPU, True and 'auto' run the native code of `together`."""
+        return NativeEvaluator(self, self._as_batch(batch), outputs, compile)
 
     @classmethod
     def together(cls, members: Sequence[SpookyNet], batch: Batch) -> Members | None:

@@ -21,10 +21,10 @@ from openmm_mlff.forces.copies import CopiesEvaluator
 from openmm_mlff.potentials import compile as compilation
 from openmm_mlff.potentials import native
 from openmm_mlff.potentials.family import save_potential
+from openmm_mlff.potentials.native_evaluator import NativeEvaluator
 from openmm_mlff.testing.systems import cluster, crystal
 from openmm_mlff.units import KJ_PER_MOL_PER_EV
 from openmm_spookynet import SpookyNet, members
-from openmm_spookynet.fast import NativeEvaluator
 
 from .test_spookynet import SYMMETRIC, reference, structure_of
 from .test_spookynet_members import BIO, OTHER, model
