@@ -13,12 +13,12 @@ clock shows. `one_by_one` runs the same four SpookyNets one after the other, eac
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import numpy as np
 import torch
-from _common import machine, peptide, rattled, summary, write
+from _common import machine, peptide, rattled, write
+from _timing import FRAMES, RESIDUES, in_turn, randomised
 from rich.console import Console
 from rich.table import Table
 
@@ -29,9 +29,6 @@ from openmm_mlff.potentials.potential import Potential
 from openmm_so3krates import SO3krates, SO3kratesConfig
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 
-RESIDUES = {3: 0, 22: 1, 62: 5, 152: 14}
-FRAMES = 10
-
 
 def spookynet(seed: int) -> Potential:
     torch.manual_seed(seed)
@@ -41,15 +38,6 @@ def spookynet(seed: int) -> Potential:
 def so3krates(seed: int) -> Potential:
     torch.manual_seed(seed)
     return randomised(SO3krates(SO3kratesConfig()))
-
-
-def randomised(model: Potential) -> Potential:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "raw" not in name:
-                width = 0.1 / max(1.0, parameter.shape[-1] ** 0.5 if parameter.dim() else 1.0)
-                parameter += width * torch.randn_like(parameter)
-    return model.float().eval().requires_grad_(False)
 
 
 def compare(members: list[Potential], structure: Structure, rounds: int, separately: bool) -> dict[str, Any]:
@@ -70,25 +58,14 @@ def compare(members: list[Potential], structure: Structure, rounds: int, separat
     for name, evaluator in kinds.items():
         if not evaluator.compiled:
             raise RuntimeError(f"{name}: no compiled code was used")
-    wall: dict[str, list[float]] = {name: [] for name in kinds}
-    cpu: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds):
-        for name, evaluator in kinds.items():
-            evaluator.arrays(frames[0])
-            clock, thread = time.perf_counter(), time.thread_time()
-            for positions in frames:
-                evaluator.arrays(positions)
-            cpu[name].append((time.thread_time() - thread) / FRAMES)
-            wall[name].append((time.perf_counter() - clock) / FRAMES)
+    times = in_turn(kinds, frames, rounds)
     alone = np.stack([m.energy_and_forces(structure.replace(positions=frames[0]))[1] for m in members])
     result: dict[str, Any] = {"members": len(members), "atoms": len(structure)}
     result["forces_differ_from_members_alone_eV_A"] = float(np.abs(found["ensemble"][1] - alone.mean(axis=0)).max())
     for name in kinds:
-        result[name] = {"cpu": summary(cpu[name]), "wall": summary(wall[name])}
+        result[name] = times.summary(name)
     for name in list(kinds)[1:]:
-        for clock_name, times in (("cpu", cpu), ("wall", wall)):
-            ratio = np.median(np.array(times[name]) / np.array(times["one_member"]))
-            result[name][f"ratio_{clock_name}"] = round(float(ratio), 2)
+        result[name] |= {f"ratio_{clock}": times.ratio(name, "one_member", clock) for clock in ("cpu", "wall")}
     return result
 
 

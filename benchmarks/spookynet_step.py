@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openmm
 import torch
-from _common import machine, peptide, published_checkpoint, rattled, summary, write
-from ensemble_step import randomised
+from _common import machine, peptide, published_checkpoint, rattled, write
+from _timing import FRAMES, RESIDUES, Times, in_turn, randomised
 from openmm import app, unit
 from openmmml import MLPotential
 from rich.console import Console
@@ -34,8 +35,6 @@ from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.potentials.potential import Potential
 from openmm_spookynet import SpookyNet, SpookyNetConfig
 
-RESIDUES = {3: 0, 22: 1, 62: 5, 152: 14}
-FRAMES = 10
 BIO = SpookyNetConfig(attention="none", charge_conservation="shared", embed_after=1)
 
 
@@ -66,41 +65,28 @@ def compare(model: Potential, structure: Structure, rounds: int, graph: bool) ->
     for name in set(kinds) - {"op_by_op"}:
         if not kinds[name].compiled:
             raise RuntimeError(f"{name}: expected compiled code to run, but the model ran op by op")
-    wall: dict[str, list[float]] = {name: [] for name in kinds}
-    cpu: dict[str, list[float]] = {name: [] for name in kinds}
     frames = rattled(structure, FRAMES)
-    for _ in range(rounds):
-        for name, evaluator in kinds.items():
-            evaluator.arrays(frames[0])
-            clock, thread = time.perf_counter(), time.thread_time()
-            for positions in frames:
-                evaluator.arrays(positions)
-            cpu[name].append((time.thread_time() - thread) / FRAMES)
-            wall[name].append((time.perf_counter() - clock) / FRAMES)
+    times = in_turn(kinds, frames, rounds)
     outer, nested = count_operators(kinds["op_by_op"], structure.positions)
     result: dict[str, Any] = {"aten_ops": outer, "aten_ops_nested": nested}
     exact = kinds["op_by_op"].arrays(frames[0])
     for name in kinds:
-        result[name] = {"cpu": summary(cpu[name]), "wall": summary(wall[name]), "first_call_s": starts[name]}
+        result[name] = times.summary(name) | {"first_call_s": starts[name]}
         if name == "op_by_op":
             continue
         again = type(kinds[name])(model, model.batch(structure), ("energy", "forces"), compile=True)
         found = kinds[name].arrays(frames[0])
         result[name] |= {
             "second_start_s": first_call(again, structure.positions),
-            "times_faster_than_op_by_op": _ratio(cpu, "op_by_op", name),
+            "times_faster_than_op_by_op": times.ratio("op_by_op", name),
             "differs_by": {
                 "energy_eV": float(np.abs(found[0] - exact[0]).max()),
                 "forces_eV_per_angstrom": float(np.abs(found[1] - exact[1]).max()),
             },
         }
     if graph:
-        result["native"]["times_faster_than_compiled"] = _ratio(cpu, "compiled", "native")
+        result["native"]["times_faster_than_compiled"] = times.ratio("compiled", "native")
     return result
-
-
-def _ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
-    return round(float(np.median(np.array(seconds[slow]) / np.array(seconds[fast]))), 2)
 
 
 def time_steps(structure: Structure, compile: bool, steps: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -116,13 +102,10 @@ def time_steps(structure: Structure, compile: bool, steps: int, rounds: int) -> 
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
     context.setPositions(structure.positions * 0.1)
     integrator.step(5)
-    wall, cpu = [], []
+    times = Times()
     for _ in range(rounds):
-        clock, thread = time.perf_counter(), time.thread_time()
-        integrator.step(steps)
-        cpu.append((time.thread_time() - thread) / steps)
-        wall.append((time.perf_counter() - clock) / steps)
-    return {"cpu": summary(cpu), "wall": summary(wall)}
+        times.add("step", partial(integrator.step, steps), steps)
+    return times.summary("step")
 
 
 def main() -> None:
