@@ -212,7 +212,7 @@ class Parts:
             if part.pairs.fixed:
                 shared[key] = part
             self._parts.append(part)
-        self.pairs: VerletPairs = PartsPairs(self._parts, self._slices)
+        self.pairs: VerletPairs = PartsPairs(self._parts, self._slices, batch.positions)
         self.tolerance = self._parts[0].tolerance
         self._shape = (batch.n_atoms, 3)
 
@@ -236,10 +236,12 @@ class Parts:
 class PartsPairs(VerletPairs):
     """The pair lists of several structures seen as one; each is built when its own atoms have moved.
 
-    Attributes: reference, reference_cell: of all structures whose lists change; zeros stand for others.
+    Attributes: reference, reference_cell: of all structures whose lists change; `start` stands for others, so that the
+        torch form, which has one list of all structures, can be built there too.
     """
 
-    def __init__(self, parts: Sequence[Members], slices: Sequence[slice]) -> None:
+    def __init__(self, parts: Sequence[Members], slices: Sequence[slice], start: Tensor) -> None:
+        self._start = start.detach().double()
         self._each = [(part.pairs, atoms) for part, atoms in zip(parts, slices, strict=True)]
 
     @property
@@ -255,7 +257,7 @@ class PartsPairs(VerletPairs):
         found = [(pairs.reference, atoms) for pairs, atoms in self._each]
         if all(reference is None for reference, _ in found):
             return None
-        whole = torch.zeros(self._each[-1][1].stop, 3, dtype=torch.float64)
+        whole = self._start.clone()
         for reference, atoms in found:
             if reference is not None:
                 whole[atoms] = reference

@@ -220,6 +220,17 @@ def test_wrong_code_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     np.testing.assert_allclose(forces, net.energy_and_forces(structure)[1], rtol=0, atol=1e-10)
 
 
+def test_wrong_code_for_structures_with_lists_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = members.Members.arrays
+    monkeypatch.setattr(members.Members, "arrays", lambda self, *a: tuple(1.001 * x for x in arrays(self, *a)))
+    net = model(1)
+    many = [cluster(net, 5, seed=1), cluster(net, 36, seed=2)]
+    evaluator = net.evaluator(many, compile="auto")
+    energies, _ = evaluator.arrays(np.concatenate([s.positions for s in many]))
+    assert evaluator.compiled is False
+    np.testing.assert_allclose(energies, [net.energy_and_forces(s)[0] for s in many], rtol=0, atol=1e-9)
+
+
 def test_nothing_is_proved_by_a_frame_without_forces() -> None:
     net = model(1)
     structure = cluster(net, 6, seed=6)
