@@ -25,10 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openmm
 from _common import HERE, SHARED, machine, write
-from openmm import app
-from openmmml import MLPotential
+from _guard_runs import Case, Run, Setting, compared, in_time, pair_of_runs, reference, without_rows
 from scipy.stats import spearmanr
 
 from openmm_mlff.data.datasets import Dataset, split_by_group, write_dataset
@@ -36,28 +34,20 @@ from openmm_mlff.data.files import write_atomically
 from openmm_mlff.data.formats import read_sgdml_npz
 from openmm_mlff.data.reference import TBLite
 from openmm_mlff.data.structures import Structure
-from openmm_mlff.forces import running
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.training.members import train_members
 from openmm_mlff.training.recipe import Recipe
 from openmm_mlff.training.run import MODEL
-from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV, NM_PER_ANGSTROM
 
 PARTS = ("train", "run", "figure")
 SEED, BLOCK, MEMBERS = 1, 50, 4
 FRACTIONS = {"train": 0.25, "valid": 0.1, "test": 0.65}
 #: of the largest uncertainty among the validation frames
 MARGIN = 2.0
-#: eV; an energy that is off by more means nothing
-WRONG = 0.5
 TIMESTEP, LOOK = 0.5, 20
 HOT, HOT_RUNS, HOT_PS = 2000.0, 6, 2.0
 CALM_SEEDS = (41, 42)
-#: angstrom per fs
-PULLING = 0.002
 BONDS = {"O-H": (2, 8), "C-O": (1, 2)}
-#: kJ/mol/nm^2
-SPRING = 3.0e5
 
 NETWORK: dict[str, Any] = {
     "num_layers": 2,
@@ -155,127 +145,23 @@ def evaluated(work: Path, structures: list[Structure]) -> dict[str, np.ndarray]:
 def shift_of(work: Path, structures: list[Structure]) -> float:
     """Mean difference of energies from GFN2-xTB's as `reference` gives them, eV; the data's have another zero."""
     model = load_potential(work / "members" / MODEL)
-    truth = np.concatenate([reference(s, [s.positions]) for s in structures])
+    truth = np.concatenate([reference(TBLite(), s, [s.positions]) for s in structures])
     return float(np.mean(np.array([model.energy_and_forces(s)[0] for s in structures]) - truth))
 
 
-# -- runs ------------------------------------------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """One run of ethanol from a frame, with or without a guard; `pulled` is a bond whose length is prescribed.
-
-    Attributes: record: columns by name, a row every `LOOK` steps. stopped: step and reason if the guard ended it.
-    """
-
-    def __init__(
-        self,
-        work: Path,
-        start: Structure,
-        temperature: float,
-        seed: int,
-        limit: float | None,
-        pulled: tuple[int, int] | None = None,
-    ) -> None:
-        options = {} if limit is None else {"on_uncertain": "stop", "uncertainty_limit": limit}
-        self.system = MLPotential("ensemble", modelPath=str(work / "members" / MODEL)).createSystem(
-            topology(start), removeCMMotion=False, compile=True, maxForce=None, **options
-        )
-        self.start, self.pulled = start, pulled
-        if pulled is not None:
-            bond = openmm.CustomBondForce(f"{0.5 * SPRING}*(r-length)^2")
-            bond.addGlobalParameter("length", 0.0)
-            bond.addBond(*pulled)
-            bond.setForceGroup(1)
-            self.system.addForce(bond)
-        self.integrator = openmm.LangevinMiddleIntegrator(temperature, 1.0, 1e-3 * TIMESTEP)
-        self.integrator.setRandomNumberSeed(seed)
-        self.context = openmm.Context(self.system, self.integrator, openmm.Platform.getPlatform("Reference"))
-        self.context.setPositions(start.positions * NM_PER_ANGSTROM)
-        self.context.setVelocitiesToTemperature(temperature, seed)
-        self.record: dict[str, list[float]] = {"ps": [], "uncertainty": [], "energy": [], "length": []}
-        self.frames: list[np.ndarray] = []
-        self.stopped: tuple[int, str] | None = None
-
-    def go(self, ps: float) -> Run:
-        steps = round(1e3 * ps / TIMESTEP)
-        first = 0.0
-        if self.pulled is not None:
-            i, j = self.pulled
-            first = float(np.linalg.norm(self.start.positions[i] - self.start.positions[j]))
-        try:
-            for step in range(0, steps + 1, LOOK):
-                if self.pulled is not None:
-                    length = first + PULLING * step * TIMESTEP
-                    self.context.setParameter("length", length * NM_PER_ANGSTROM)
-                self.look(step)
-                self.integrator.step(LOOK)
-        except openmm.OpenMMException as error:
-            reason = running.last_error(self.system)
-            self.stopped = (self.context.getStepCount(), str(reason or error).splitlines()[0])
-        return self
-
-    def look(self, step: int) -> None:
-        # the spring that pulls is in another group
-        state = self.context.getState(positions=True, energy=True, groups={0})
-        positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
-        found = running.uncertainty(self.system)
-        assert found is not None
-        self.record["ps"].append(1e-3 * step * TIMESTEP)
-        self.record["uncertainty"].append(float(found.forces.max()))
-        self.record["energy"].append(state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV)
-        pair = self.pulled or BONDS["O-H"]
-        self.record["length"].append(float(np.linalg.norm(positions[pair[0]] - positions[pair[1]])))
-        self.frames.append(positions)
+def setting_of(work: Path, limit: float) -> Setting:
+    return Setting(work / "members" / MODEL, limit, TIMESTEP, LOOK, compile=True)
 
 
-def topology(structure: Structure) -> app.Topology:
-    made = app.Topology()
-    residue = made.addResidue("ETH", made.addChain())
-    for k, z in enumerate(structure.numbers.tolist()):
-        made.addAtom(f"A{k}", app.Element.getByAtomicNumber(z), residue)
-    return made
-
-
-def reference(start: Structure, frames: list[np.ndarray]) -> np.ndarray:
-    """GFN2-xTB energies (eV), relative to free atoms; NaN where it does not converge."""
-    found = []
-    for positions in frames:
-        moved = start.replace(positions=positions, energy=None, forces=None)
-        try:
-            found.append(float(TBLite().label(moved).energy))  # type: ignore[arg-type]
-        except Exception:
-            found.append(np.nan)
-    return np.array(found)
-
-
-def pair_of_runs(work: Path, name: str, start: Structure, temperature: float, seed: int, limit: float, ps: float,
-                 shift: float, pulled: tuple[int, int] | None = None) -> dict[str, Any]:  # fmt: skip
+def driven_out(setting: Setting, case: Case) -> dict[str, Any]:
     """The run without a guard beside GFN2-xTB, and the same run with one."""
-    free = Run(work, start, temperature, seed, None, pulled).go(ps)
-    guarded = Run(work, start, temperature, seed, limit, pulled).go(ps)
-    truth = reference(start, free.frames)
-    error = np.array(free.record["energy"]) - truth - shift
-    wrong = np.flatnonzero(~(np.abs(error) <= WRONG))
-    beyond = np.flatnonzero(np.array(free.record["uncertainty"]) > limit)
-    result: dict[str, Any] = {
-        "name": name,
-        "temperature": temperature,
-        "seed": seed,
-        "wrong_ps": None if len(wrong) == 0 else round(free.record["ps"][wrong[0]], 4),
-        "largest_error_without_guard_eV": round(float(np.nanmax(np.abs(error))), 3),
-        "first_look_beyond_limit_ps": None if len(beyond) == 0 else round(free.record["ps"][beyond[0]], 4),
-        "stopped_ps": None if guarded.stopped is None else round(1e-3 * TIMESTEP * guarded.stopped[0], 4),
-        "reason": None if guarded.stopped is None else guarded.stopped[1],
-        "rows": {name: free.record[name] for name in ("ps", "uncertainty", "length")}
-        | {"error": np.round(error, 4).tolist()},
-    }
-    if guarded.stopped is not None:
-        last = min(len(guarded.frames), len(error)) - 1
-        result["error_at_last_look_before_eV"] = round(float(abs(error[last])), 4)
-        result["largest_error_until_stopped_eV"] = round(float(np.abs(error[: last + 1]).max()), 4)
-        result["length_at_last_look"] = round(guarded.record["length"][-1], 3)
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}), flush=True)
+    free, guarded = pair_of_runs(setting, case)
+    error = np.array(free.record["energy"]) - reference(TBLite(), case.start, free.frames) - case.shift
+    result = compared(case, setting.limit, free, guarded, error)
+    print(json.dumps(without_rows([result])[0]), flush=True)
     return result
 
 
@@ -297,7 +183,7 @@ def measure(work: Path, ps: float) -> dict[str, Any]:
         },
     }
     print(json.dumps(result), flush=True)
-    start = frames["test"][0]
+    setting, start = setting_of(work, limit), frames["test"][0]
     runs = []
     for name, temperature, seed, length, pulled in [
         *[(f"{HOT:g} K, {k + 1}", HOT, 11 + k, HOT_PS, None) for k in range(HOT_RUNS)],
@@ -306,23 +192,24 @@ def measure(work: Path, ps: float) -> dict[str, Any]:
         path = work / f"run-{name.replace(' ', '-').replace(',', '')}.json"
         if not path.exists():
             begin = frames["test"][(97 * seed) % len(frames["test"])] if pulled is None else start
-            found = pair_of_runs(work, name, begin, temperature, seed, limit, length, shift, pulled)
+            found = driven_out(setting, Case(name, begin, temperature, seed, length, shift, pulled, BONDS["O-H"]))
             write_atomically(path, json.dumps(found).encode())
         runs.append(json.loads(path.read_text(encoding="utf-8")))
     result["in_domain"] = [
-        calm_run(work, frames["test"][200 * k], seed, limit, ps, shift) for k, seed in enumerate(CALM_SEEDS)
+        calm_run(work, setting, frames["test"][200 * k], seed, ps, shift) for k, seed in enumerate(CALM_SEEDS)
     ]
     result["runs"] = runs
     return result
 
 
-def calm_run(work: Path, start: Structure, seed: int, limit: float, ps: float, shift: float) -> dict[str, Any]:
+def calm_run(work: Path, setting: Setting, start: Structure, seed: int, ps: float, shift: float) -> dict[str, Any]:
     """A guarded run at 300 K, with the error of the energy of 200 frames of it."""
     path = work / f"run-300K-{ps:g}ps-{seed}.json"
     if not path.exists():
-        calm = Run(work, start, 300.0, seed, limit).go(ps)
+        calm = Run(setting, start, 300.0, seed, guarded=True).go(ps)
         some = slice(None, None, max(1, len(calm.frames) // 200))
-        error = np.abs(np.array(calm.record["energy"])[some] - reference(start, calm.frames[some]) - shift)
+        truth = reference(TBLite(), start, calm.frames[some])
+        error = np.abs(np.array(calm.record["energy"])[some] - truth - shift)
         found = {
             "seed": seed,
             "ps": round(calm.record["ps"][-1], 3),
@@ -340,10 +227,9 @@ def calm_run(work: Path, start: Structure, seed: int, limit: float, ps: float, s
 def summary_of(result: dict[str, Any]) -> dict[str, Any]:
     """Without the rows, which are in the picture."""
     short = {k: v for k, v in result.items() if k not in ("runs", "in_domain")}
-    short["in_domain"] = [{k: v for k, v in run.items() if k != "rows"} for run in result["in_domain"]]
-    short["runs"] = [{k: v for k, v in run.items() if k != "rows"} for run in result["runs"]]
+    short["in_domain"], short["runs"] = without_rows(result["in_domain"]), without_rows(result["runs"])
     hot = [run for run in result["runs"] if run["temperature"] == HOT]
-    late = [r["name"] for r in result["runs"] if r["wrong_ps"] is not None and not _in_time(r)]
+    late = [r["name"] for r in result["runs"] if r["wrong_ps"] is not None and not in_time(r)]
     short["summary"] = {
         "hot_runs_stopped": sum(run["stopped_ps"] is not None for run in hot),
         "hot_runs": len(hot),
@@ -351,10 +237,6 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
         "in_domain_stopped": sum(run["stopped"] is not None for run in result["in_domain"]),
     }
     return short
-
-
-def _in_time(run: dict[str, Any]) -> bool:
-    return run["stopped_ps"] is not None and run["stopped_ps"] <= run["wrong_ps"]
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -385,7 +267,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         rows = run["rows"]
         ps = np.array(rows["ps"])
         axes[2].plot(ps, rows["uncertainty"], color=color, lw=1, label=run["name"])
-        axes[2].plot(ps, np.abs(rows["error"]), color=color, lw=1, ls=":", label="its energy error (eV)")
+        axes[2].plot(
+            ps, np.abs(np.array(rows["error"], dtype=float)), color=color, lw=1, ls=":", label="its energy error (eV)"
+        )
         if run["stopped_ps"] is not None:
             axes[2].plot([run["stopped_ps"]], [result["limit_eV_A"]], "o", color="black", ms=4, zorder=3)
     axes[2].set(title="bonds pulled by 2 Å/ps", xlabel="time (ps)", yscale="log")
