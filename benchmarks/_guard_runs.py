@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from openmm import app
 from openmmml import MLPotential
 
 from openmm_mlff.data.reference import LabelError, ReferenceMethod
-from openmm_mlff.data.structures import Structure
+from openmm_mlff.data.structures import SYMBOLS, Structure
 from openmm_mlff.forces import running
 from openmm_mlff.units import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV, NM_PER_ANGSTROM
 
@@ -48,8 +49,9 @@ class Run:
     Args of the constructor: pulled: a bond whose length is prescribed, growing by `PULLING`. watched: the pair whose
     length is recorded if none is pulled.
 
-    Attributes: record: columns by name, a row at each look. frames: positions at each look, angstrom. stopped: step and
-    reason if the guard, or a force that is no number, ended it. last: positions then, angstrom.
+    Attributes: record: columns by name, a row at each look (`peak`: the largest uncertainty since the one before).
+    frames: positions at each look, angstrom. stopped: step and reason if the guard, or a force that is no number, ended
+    it. last: positions then, angstrom.
     """
 
     def __init__(self, setting: Setting, start: Structure, temperature: float, seed: int, guarded: bool,
@@ -79,7 +81,8 @@ class Run:
         self.context = openmm.Context(self.system, self.integrator, openmm.Platform.getPlatform("Reference"))
         self.context.setPositions(start.positions * NM_PER_ANGSTROM)
         self.context.setVelocitiesToTemperature(temperature, seed)
-        self.record: dict[str, list[float]] = {"ps": [], "uncertainty": [], "energy": []}
+        self.record: dict[str, list[float]] = {"ps": [], "uncertainty": [], "peak": [], "energy": []}
+        self._peak = 0.0
         if self.watched is not None:
             self.record["length"] = []
         self.frames: list[np.ndarray] = []
@@ -96,7 +99,7 @@ class Run:
                     length = first + PULLING * step * setting.timestep
                     self.context.setParameter("length", length * NM_PER_ANGSTROM)
                 self.look(step)
-                self.integrator.step(setting.look)
+                self._stretch()
         except openmm.OpenMMException as error:
             self._ended(error)
         return self
@@ -105,7 +108,7 @@ class Run:
         """Further steps, from wherever the context is, with a look after each stretch of them."""
         try:
             for step in range(self.setting.look, steps + 1, self.setting.look):
-                self.integrator.step(self.setting.look)
+                self._stretch()
                 self.look(step)
         except openmm.OpenMMException as error:
             self._ended(error)
@@ -123,6 +126,17 @@ class Run:
         self.stopped = (self.context.getStepCount(), str(reason or error).splitlines()[0])
         self.last = self._positions(self.context.getState(positions=True))
 
+    def _stretch(self) -> None:
+        """The steps until the next look, one by one, to see the uncertainty of each."""
+        self.integrator.step(1)
+        # the last called one: that of this run, and not of one before that is still in memory
+        force = running.computations(self.system)[0]
+        for k in range(self.setting.look):
+            if k:
+                self.integrator.step(1)
+            assert force.uncertainty is not None
+            self._peak = max(self._peak, float(force.uncertainty.forces.max()))
+
     def look(self, step: int) -> None:
         # the spring that pulls is in another group
         state = self.context.getState(positions=True, energy=True, groups={0})
@@ -131,6 +145,8 @@ class Run:
         assert found is not None
         self.record["ps"].append(1e-3 * step * self.setting.timestep)
         self.record["uncertainty"].append(float(found.forces.max()))
+        self.record["peak"].append(max(self._peak, self.record["uncertainty"][-1]))
+        self._peak = 0.0
         self.record["energy"].append(state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV)
         if self.watched is not None:
             self.record["length"].append(_length(positions, self.watched))
@@ -143,6 +159,26 @@ class Run:
 
 def _length(positions: np.ndarray, pair: tuple[int, int]) -> float:
     return float(np.linalg.norm(positions[pair[0]] - positions[pair[1]]))
+
+
+def bond_of(structure: Structure, smarts: str) -> tuple[int, int]:
+    """Indices of the first two atoms of the first match of a SMARTS.
+
+    The molecule that it is held against has all hydrogens and knows who is bonded to whom by distance, without bond
+    orders. Raises `ValueError` if there is no match.
+    """
+    from rdkit import Chem
+    from rdkit.Chem import rdDetermineBonds
+
+    rows = zip(structure.numbers.tolist(), structure.positions, strict=True)
+    lines = [f"{SYMBOLS[z]} {x[0]:.6f} {x[1]:.6f} {x[2]:.6f}" for z, x in rows]
+    molecule = Chem.MolFromXYZBlock("\n".join([str(len(structure)), "", *lines]))
+    rdDetermineBonds.DetermineConnectivity(molecule)
+    Chem.FastFindRings(molecule)
+    found = molecule.GetSubstructMatches(Chem.MolFromSmarts(smarts))
+    if not found:
+        raise ValueError(f"smarts: {structure.group or structure.formula} has no {smarts}")
+    return int(found[0][0]), int(found[0][1])
 
 
 def topology(structure: Structure) -> app.Topology:
@@ -239,3 +275,23 @@ def in_time(run: dict[str, Any], when: str = "wrong_ps") -> bool:
 def without_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What goes into the JSON; the rows are in the picture."""
     return [{k: v for k, v in run.items() if k != "rows"} for run in runs]
+
+
+def by_guard(run: dict[str, Any]) -> bool:
+    """Whether it was the guard that ended a run."""
+    return run["stopped_ps"] is not None and run["reason"].startswith("on_uncertain")
+
+
+def counted(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
+    """How often the guard was in time, by measures of an energy that is wrong (`<measure>_ps` is when it was)."""
+    result: dict[str, Any] = {"runs": len(runs), "stopped": sum(map(by_guard, runs))}
+    for when in measures:
+        affected = [run for run in runs if run[f"{when}_ps"] is not None]
+        result[when] = len(affected)
+        result[f"{when}_and_stopped_before"] = sum(by_guard(r) and in_time(r, f"{when}_ps") for r in affected)
+        result[f"{when}_before_stopped"] = [
+            r["name"] for r in affected if not (by_guard(r) and in_time(r, f"{when}_ps"))
+        ]
+    where = [r["error_where_stopped_eV"] for r in runs if by_guard(r) and r["error_where_stopped_eV"] is not None]
+    result["largest_error_where_stopped_eV"] = max(where, default=None)
+    return result

@@ -16,6 +16,10 @@
   ethanol). Both were chosen before the first run.
 * `error_where_stopped_eV` is that of the very geometry at which the guard ended a run; other errors are those of looks
   at the run without a guard, every 10 fs.
+* The limit of the file is for all that was validated, radicals and pulled bonds included. `own_limit` is what somebody
+  with one molecule could set without labels, by the rule of ensemble_guard: twice the largest uncertainty among the
+  frames of MD at 300 K. When it would have ended the runs is read off them: the largest uncertainty of all steps
+  between two looks is kept. It was added after trial runs of threonine with another model, its factor is not fitted.
 * All are closed-shell singlets, for the model and for GFN2-xTB: a bond that is pulled apart breaks into what a
   closed shell describes, so agreement there is agreement with the teacher and not with nature.
 
@@ -36,13 +40,26 @@ from typing import Any
 import numpy as np
 import torch
 from _common import HERE, machine, write
-from _guard_runs import WRONG, Case, Run, Setting, compared, in_time, largest, pair_of_runs, reference, without_rows
+from _guard_runs import (
+    WRONG,
+    Case,
+    Run,
+    Setting,
+    bond_of,
+    by_guard,
+    compared,
+    counted,
+    largest,
+    pair_of_runs,
+    reference,
+    without_rows,
+)
 
 from openmm_mlff.analysis.plots import BLUE, GREY, ORANGE, STYLE, pyplot, save_figure
 from openmm_mlff.data.datasets import Dataset
 from openmm_mlff.data.files import read_arrays, sha256_of, write_arrays, write_atomically
 from openmm_mlff.data.reference import ReferenceMethod, method_from_table
-from openmm_mlff.data.structures import SYMBOLS, Structure
+from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.ensemble import Ensemble
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.checkpoints import seed_for
@@ -52,13 +69,17 @@ PARTS = ("hot", "pulled", "calm", "report")
 FORM = "openmm-mlff guarded piece 1"
 #: eV per atom; the second measure of an energy that means nothing
 NONSENSE = 0.05
+MEASURES = ("wrong", "nonsense")
 HOT, HOT_SEEDS, HOT_PS = 2000.0, (11, 12), 2.0
 PULLED_SEED, PULLED_PS = 21, 0.75
 CALM, CALM_PS, PIECE, CALM_SEED = 300.0, 200.0, 10.0, 41
 #: amu; ps between frames for GFN2-xTB; steps between looks, of calm runs
 HYDROGEN, ASKED, CALM_LOOK = 3.024, 2.0, 50
 
-#: bond -> SMARTS of a molecule that knows who is bonded to whom, without bond orders; the bond's atoms come first
+#: of the largest uncertainty among a molecule's own frames
+MARGIN = 2.0
+
+#: bond -> SMARTS (see `bond_of`)
 BONDS = {
     "N-CA": "[#7]~[#6D4]~[#6D3]~[#8D1]",
     "C=O": "[#8D1]~[#6D3]~[#6D4]~[#7]",
@@ -101,22 +122,6 @@ def frames_at_300(dataset: Dataset, group: str) -> list[Structure]:
     return found
 
 
-def bond_of(structure: Structure, name: str) -> tuple[int, int]:
-    """Indices of the atoms of one of `BONDS`, the first that there is."""
-    from rdkit import Chem
-    from rdkit.Chem import rdDetermineBonds
-
-    rows = zip(structure.numbers.tolist(), structure.positions, strict=True)
-    lines = [f"{SYMBOLS[z]} {x[0]:.6f} {x[1]:.6f} {x[2]:.6f}" for z, x in rows]
-    molecule = Chem.MolFromXYZBlock("\n".join([str(len(structure)), "", *lines]))
-    rdDetermineBonds.DetermineConnectivity(molecule)
-    Chem.FastFindRings(molecule)
-    found = molecule.GetSubstructMatches(Chem.MolFromSmarts(BONDS[name]))
-    if not found:
-        raise ValueError(f"bonds: {structure.group} has no {name}")
-    return int(found[0][0]), int(found[0][1])
-
-
 def shift_of(model: Ensemble, frames: Sequence[Structure]) -> dict[str, Any]:
     """Mean error of the energies of frames, its spread over them, and their largest uncertainty of a force."""
     evaluator = model.evaluator(frames[0], compile=True)
@@ -130,8 +135,9 @@ def shift_of(model: Ensemble, frames: Sequence[Structure]) -> dict[str, Any]:
         "frames": len(frames),
         "atoms": len(frames[0]),
         "mean_energy_error_eV": round(float(np.mean(errors)), 4),
-        "standard_deviation_eV": round(float(np.std(errors, ddof=1)), 4),
+        "standard_deviation_eV": round(float(np.std(errors)), 4),
         "largest_uncertainty_eV_A": round(max(uncertainties), 3),
+        "own_limit_eV_A": round(MARGIN * max(uncertainties), 3),
     }
 
 
@@ -186,7 +192,7 @@ def hot_cases(bench: Bench, name: str) -> list[Case]:
 def pulled_cases(bench: Bench, name: str) -> list[Case]:
     start = bench.frames[name][0]
     return [
-        Case(f"{name}, {bond}", start, CALM, PULLED_SEED, PULLED_PS, bench.shift(name), bond_of(start, bond))
+        Case(f"{name}, {bond}", start, CALM, PULLED_SEED, PULLED_PS, bench.shift(name), bond_of(start, BONDS[bond]))
         for bond in MOLECULES[name].bonds
     ]
 
@@ -207,8 +213,9 @@ def driven_out(bench: Bench, case: Case) -> dict[str, Any]:
     nonsense = np.flatnonzero(~(np.abs(error) <= NONSENSE * len(case.start)))
     result["nonsense_ps"] = None if len(nonsense) == 0 else round(free.record["ps"][nonsense[0]], 4)
     result["ended_without_guard"] = None if free.stopped is None else free.stopped[1]
-    spread = np.array(free.record["uncertainty"])
-    for when in ("wrong", "nonsense"):
+    result["rows"]["peak"] = free.record["peak"]
+    spread = np.array(free.record["peak"])
+    for when in MEASURES:
         until = None if result[f"{when}_ps"] is None else np.array(free.record["ps"]) <= result[f"{when}_ps"]
         result[f"largest_uncertainty_until_{when}_eV_A"] = (
             None if until is None else round(float(spread[until].max()), 3)
@@ -255,6 +262,7 @@ def keep_calm(bench: Bench, name: str, ps: float) -> None:
             "positions": end.getPositions(asNumpy=True)._value,
             "velocities": end.getVelocities(asNumpy=True)._value,
             "uncertainty": np.array(run.record["uncertainty"]),
+            "peak": np.array(run.record["peak"]),
             "error": error - bench.shift(name),
         }
         header = {"stopped": run.stopped, "cpu_seconds": time.process_time() - begin}
@@ -272,8 +280,9 @@ def calm_result(bench: Bench, name: str) -> dict[str, Any] | None:
     pieces = [read_arrays(path, FORM, "a piece of a run") for path in pieces_of(bench, name)]
     if not pieces:
         return None
-    uncertainty = np.concatenate([arrays["uncertainty"] for _, arrays in pieces])
-    error = np.concatenate([arrays["error"] for _, arrays in pieces])
+    uncertainty, peak, error = (
+        np.concatenate([arrays[name] for _, arrays in pieces]) for name in ("uncertainty", "peak", "error")
+    )
     stopped = pieces[-1][0]["stopped"]
     before = PIECE * (len(pieces) - 1)
     known = np.abs(error[~np.isnan(error)])
@@ -281,7 +290,7 @@ def calm_result(bench: Bench, name: str) -> dict[str, Any] | None:
         "name": name,
         "ps": PIECE * len(pieces) if stopped is None else round(before + 1e-3 * stopped[0], 3),
         "stopped": None if stopped is None else stopped[1],
-        "largest_uncertainty_eV_A": round(float(uncertainty.max()), 3),
+        "largest_uncertainty_eV_A": round(float(peak.max()), 3),
         "frames_labelled": len(known),
         "frames_without_label": len(error) - len(known),
         "energy_error_mean_eV": round(float(known.mean()), 4),
@@ -294,25 +303,6 @@ def calm_result(bench: Bench, name: str) -> dict[str, Any] | None:
             "error": [None if np.isnan(e) else e for e in error.tolist()],
         },
     }
-
-
-def by_guard(run: dict[str, Any]) -> bool:
-    return run["stopped_ps"] is not None and run["reason"].startswith("on_uncertain")
-
-
-def counted(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How often the guard was in time, by both measures of an energy that is wrong."""
-    result: dict[str, Any] = {"runs": len(runs), "stopped": sum(map(by_guard, runs))}
-    for when in ("wrong", "nonsense"):
-        affected = [run for run in runs if run[f"{when}_ps"] is not None]
-        result[when] = len(affected)
-        result[f"{when}_and_stopped_before"] = sum(by_guard(r) and in_time(r, f"{when}_ps") for r in affected)
-        result[f"{when}_before_stopped"] = [
-            r["name"] for r in affected if not (by_guard(r) and in_time(r, f"{when}_ps"))
-        ]
-    where = [r["error_where_stopped_eV"] for r in runs if by_guard(r) and r["error_where_stopped_eV"] is not None]
-    result["largest_error_where_stopped_eV"] = max(where, default=None)
-    return result
 
 
 def collected(bench: Bench, ps: float) -> dict[str, Any]:
@@ -334,10 +324,31 @@ def collected(bench: Bench, ps: float) -> dict[str, Any]:
     return found
 
 
+def molecule_of(run: dict[str, Any]) -> str:
+    return run["name"].split(",")[0]
+
+
+def with_own_limits(bench: Bench, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs as the limits from their molecules' own frames would have ended them, to a look."""
+    result = []
+    for run in runs:
+        beyond = np.flatnonzero(np.array(run["rows"]["peak"]) > bench.shifts[molecule_of(run)]["own_limit_eV_A"])
+        if len(beyond) == 0:
+            result.append({**run, "stopped_ps": None})
+            continue
+        first, error = beyond[0], run["rows"]["error"][beyond[0]]
+        ended = {"stopped_ps": run["rows"]["ps"][first], "reason": "on_uncertain"}
+        result.append({**run, **ended, "error_where_stopped_eV": None if error is None else abs(error)})
+    return result
+
+
 def report(bench: Bench, ps: float) -> None:
     found = collected(bench, ps)
-    summary = {part: counted(found[part]) for part in CASES}
+    summary = {part: counted(found[part], MEASURES) for part in CASES}
     summary["calm"] = {"runs": len(found["calm"]), "stopped": sum(run["stopped"] is not None for run in found["calm"])}
+    own = {part: counted(with_own_limits(bench, found[part]), MEASURES) for part in CASES}
+    beyond = [run["largest_uncertainty_eV_A"] > bench.shifts[run["name"]]["own_limit_eV_A"] for run in found["calm"]]
+    own["calm"] = {"runs": len(beyond), "stopped": sum(beyond)}
     result = {
         "what": __doc__,
         "machine": machine(),
@@ -346,13 +357,14 @@ def report(bench: Bench, ps: float) -> None:
         "limit_eV_A": bench.setting.limit,
         "molecules": {name: {"group": MOLECULES[name].group, **bench.shifts[name]} for name in MOLECULES},
         "summary": summary,
+        "summary_with_own_limits": own,
         **{part: without_rows(found[part]) for part in ("calm", *CASES)},
         "cpu_minutes": {
             part: round(sum(run["cpu_seconds"] for run in found[part]) / 60, 1) for part in ("calm", *CASES)
         },
     }
     write(NAME, result)
-    print(json.dumps(summary, indent=1))
+    print(json.dumps({"limit of the file": summary, "own limits": own}, indent=1))
     draw(found, bench.setting.limit, HERE / f"{NAME}.png")
 
 
@@ -390,7 +402,7 @@ def draw(found: dict[str, Any], limit: float, path: Path) -> None:
 
 
 def _draw_run(column: Any, run: dict[str, Any], limit: float, thin: bool) -> None:
-    rows, color = run["rows"], MOLECULES[run["name"].split(",")[0]].color
+    rows, color = run["rows"], MOLECULES[molecule_of(run)].color
     style = {"color": color, "lw": 0.4 if thin else 0.8, "alpha": 0.8}
     error = np.abs(np.array(rows["error"], dtype=float))
     ps = np.array(rows.get("error_ps", rows["ps"]))
