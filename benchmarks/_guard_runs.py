@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,4 +294,23 @@ def counted(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str
         ]
     where = [r["error_where_stopped_eV"] for r in runs if by_guard(r) and r["error_where_stopped_eV"] is not None]
     result["largest_error_where_stopped_eV"] = max(where, default=None)
+    return result
+
+
+def molecule_of(run: dict[str, Any]) -> str:
+    """What comes before the comma in a run's name."""
+    return run["name"].split(",")[0]
+
+
+def with_own_limits(runs: Sequence[dict[str, Any]], limits: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The runs as limits by molecule would have ended them, to a look."""
+    result = []
+    for run in runs:
+        beyond = np.flatnonzero(np.array(run["rows"]["peak"]) > limits[molecule_of(run)])
+        if len(beyond) == 0:
+            result.append({**run, "stopped_ps": None})
+            continue
+        first, error = beyond[0], run["rows"]["error"][beyond[0]]
+        ended = {"stopped_ps": run["rows"]["ps"][first], "reason": "on_uncertain"}
+        result.append({**run, **ended, "error_where_stopped_eV": None if error is None else abs(error)})
     return result

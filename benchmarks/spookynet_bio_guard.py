@@ -50,8 +50,10 @@ from _guard_runs import (
     compared,
     counted,
     largest,
+    molecule_of,
     pair_of_runs,
     reference,
+    with_own_limits,
     without_rows,
 )
 
@@ -161,6 +163,10 @@ class Bench:
 
     def shift(self, name: str) -> float:
         return float(self.shifts[name]["mean_energy_error_eV"])
+
+    @property
+    def own_limits(self) -> dict[str, float]:
+        return {name: found["own_limit_eV_A"] for name, found in self.shifts.items()}
 
 
 def prepared(path: Path, data: Path, work: Path, names: Sequence[str]) -> Bench:
@@ -324,30 +330,12 @@ def collected(bench: Bench, ps: float) -> dict[str, Any]:
     return found
 
 
-def molecule_of(run: dict[str, Any]) -> str:
-    return run["name"].split(",")[0]
-
-
-def with_own_limits(bench: Bench, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs as the limits from their molecules' own frames would have ended them, to a look."""
-    result = []
-    for run in runs:
-        beyond = np.flatnonzero(np.array(run["rows"]["peak"]) > bench.shifts[molecule_of(run)]["own_limit_eV_A"])
-        if len(beyond) == 0:
-            result.append({**run, "stopped_ps": None})
-            continue
-        first, error = beyond[0], run["rows"]["error"][beyond[0]]
-        ended = {"stopped_ps": run["rows"]["ps"][first], "reason": "on_uncertain"}
-        result.append({**run, **ended, "error_where_stopped_eV": None if error is None else abs(error)})
-    return result
-
-
 def report(bench: Bench, ps: float) -> None:
     found = collected(bench, ps)
     summary = {part: counted(found[part], MEASURES) for part in CASES}
     summary["calm"] = {"runs": len(found["calm"]), "stopped": sum(run["stopped"] is not None for run in found["calm"])}
-    own = {part: counted(with_own_limits(bench, found[part]), MEASURES) for part in CASES}
-    beyond = [run["largest_uncertainty_eV_A"] > bench.shifts[run["name"]]["own_limit_eV_A"] for run in found["calm"]]
+    own = {part: counted(with_own_limits(found[part], bench.own_limits), MEASURES) for part in CASES}
+    beyond = [run["largest_uncertainty_eV_A"] > bench.own_limits[run["name"]] for run in found["calm"]]
     own["calm"] = {"runs": len(beyond), "stopped": sum(beyond)}
     result = {
         "what": __doc__,
@@ -365,12 +353,15 @@ def report(bench: Bench, ps: float) -> None:
     }
     write(NAME, result)
     print(json.dumps({"limit of the file": summary, "own limits": own}, indent=1))
-    draw(found, bench.setting.limit, HERE / f"{NAME}.png")
+    draw(bench, found, HERE / f"{NAME}.png")
 
 
-def draw(found: dict[str, Any], limit: float, path: Path) -> None:
-    """Uncertainty above, error of the energy below, by kind of run; a dot is where the guard ended a run."""
-    plt = pyplot()
+def draw(bench: Bench, found: dict[str, Any], path: Path) -> None:
+    """Uncertainty above, error of the energy below, by kind of run; a dot is where the guard ended a run.
+
+    Diamonds are where limits from the molecules' own frames would have ended runs.
+    """
+    plt, limit = pyplot(), bench.setting.limit
     from matplotlib.ticker import LogLocator, NullLocator
 
     titles = {"calm": f"{CALM:g} K", "hot": f"{HOT:g} K", "pulled": "bonds pulled by 2 Å/ps"}
@@ -379,6 +370,18 @@ def draw(found: dict[str, Any], limit: float, path: Path) -> None:
         for column, (part, title) in zip(axes.T, titles.items(), strict=True):
             for run in found[part]:
                 _draw_run(column, run, limit, thin=part == "calm")
+            for run in with_own_limits(found[part], bench.own_limits) if part in CASES else []:
+                if run["stopped_ps"] is not None:
+                    own = bench.own_limits[molecule_of(run)]
+                    diamond = {
+                        "color": "white",
+                        "markeredgecolor": MOLECULES[molecule_of(run)].color,
+                        "ms": 5,
+                        "zorder": 4,
+                    }
+                    column[0].plot([run["stopped_ps"]], [own], "D", **diamond)
+                    if run["error_where_stopped_eV"] is not None:
+                        column[1].plot([run["stopped_ps"]], [run["error_where_stopped_eV"]], "D", **diamond)
             stopped = sum(run["stopped"] is not None if part == "calm" else by_guard(run) for run in found[part])
             column[0].set_title(f"{title}: {stopped} of {len(found[part])} stopped")
             column[1].set_xlabel("time (ps)")
@@ -397,7 +400,10 @@ def draw(found: dict[str, Any], limit: float, path: Path) -> None:
         axes[0, 0].set_ylim(None, max(1.6 * limit, axes[0, 0].get_ylim()[1]))
         lines = [plt.Line2D([], [], color=m.color, label=name) for name, m in MOLECULES.items()]
         dot = plt.Line2D([], [], color=GREY, marker="o", markeredgecolor="black", ls="", label="stopped by the guard")
-        figure.legend(handles=[*lines, dot], loc="outside lower center", ncols=4, fontsize=8)
+        diamond = plt.Line2D(
+            [], [], color="white", marker="D", markeredgecolor=GREY, ls="", label="own limit would stop"
+        )
+        figure.legend(handles=[*lines, dot, diamond], loc="outside lower center", ncols=5, fontsize=8)
     save_figure(figure, path)
 
 
