@@ -21,7 +21,8 @@ SO3KRATES := benchmarks/so3krates_ethanol.py benchmarks/so3lr_minima.py benchmar
 
 RESOLV := "benchmarks/resolv_vacuum.py --networks f32l2" benchmarks/resolv_labels.py "benchmarks/resolv_networks.py first" \
 	"benchmarks/resolv_labels.py --rounds 2" "benchmarks/resolv_networks.py vacuum water report" \
-	benchmarks/resolv_water.py benchmarks/resolv_hydration.py benchmarks/resolv_pair.py benchmarks/resolv_conformers.py
+	benchmarks/resolv_water.py "benchmarks/resolv_water.py --name fused2 --start fused --learning-rate 1.2e-5 --rounds 12" \
+	benchmarks/resolv_hydration.py benchmarks/resolv_pair.py benchmarks/resolv_conformers.py
 
 # these are told which data and models
 BIO := benchmarks/bio_dataset.py benchmarks/spookynet_learning_curve.py benchmarks/spookynet_bio.py \

@@ -1,6 +1,6 @@
 """Hydration free energies of molecules that the water potential has not seen, by Bennett's acceptance ratio.
 
-    python benchmarks/resolv_hydration.py [--water .work/resolv/water_fused/water.safetensors] [--processes 4]
+    python benchmarks/resolv_hydration.py [--water .work/resolv/water_fused2/water.safetensors] [--processes 4]
 
 The 170 test molecules of the ReSolv split, in an order drawn by a seed before any training; as many of them as there is
 time for. Each is simulated in vacuum and in water by Langevin dynamics of our own (298.15 K, 1 fs, 1/ps) from the
@@ -145,7 +145,7 @@ def picture(rows: list[dict[str, Any]], worst: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--water", type=Path, default=FOLDER / "water_fused" / BEST, help="the water potential")
+    parser.add_argument("--water", type=Path, default=FOLDER / "water_fused2" / BEST, help="the water potential")
     parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: the chosen one)")
     parser.add_argument("--molecules", type=int, default=170, help="how many, in the drawn order")
     parser.add_argument("--split", choices=("test", "valid"), default="test", help="valid: to choose between trainings")

@@ -1,9 +1,9 @@
 """The trained pair as one model file with its card: what `models/resolv-freesolv.safetensors` is.
 
-    python benchmarks/resolv_pair.py [--water .work/resolv/water_fused]
+    python benchmarks/resolv_pair.py [--water .work/resolv/water_fused2]
 
-Figures come from the JSON files of `resolv_labels.py`, `resolv_networks.py` and `resolv_hydration.py`, which have to be
-there.
+Figures come from the JSON files of `resolv_labels.py`, `resolv_networks.py`, `resolv_water.py` and
+`resolv_hydration.py`, which have to be there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from resolv_water import vacuum_folder
 
 from openmm_mlff.training.run import MODEL
 from openmm_mlff.training.solvation import BEST
-from openmm_mlff.training.solvation_folder import CONFIG, HISTORY
+from openmm_mlff.training.solvation_folder import HISTORY
 from openmm_resolv import save_pair
 
 PAIR = HERE.parent / "models" / "resolv-freesolv.safetensors"
@@ -27,14 +27,15 @@ PAIR = HERE.parent / "models" / "resolv-freesolv.safetensors"
 
 def card(water: Path) -> dict[str, Any]:
     """What is said of the pair."""
-    networks, labels, hydration = (
+    networks, labels, hydration, trained = (
         json.loads((HERE / f"resolv_{name}.json").read_text(encoding="utf-8"))
-        for name in ("networks", "labels", "hydration")
+        for name in ("networks", "labels", "hydration", "water")
     )
-    training = json.loads((water / CONFIG).read_text(encoding="utf-8"))
     history = json.loads((water / HISTORY).read_text(encoding="utf-8"))
+    if trained["trainings"][-1]["rounds"] != history:
+        raise SystemExit(f"resolv_water.json is of another training than {water}; run resolv_water.py --report")
     best = min(history, key=lambda row: row["valid_mae_kt"])
-    used = {split: sum(t["split"] == split for t in training["targets"].values()) for split in ("train", "valid")}
+    used = trained["molecules"]
     return {
         "name": "resolv-freesolv",
         "description": "A pair in vacuum and in implicit water at 298.15 K, by the method of ReSolv",
@@ -49,7 +50,7 @@ def card(water: Path) -> dict[str, Any]:
             "water": f"free energies of FreeSolv 0.52: {used['train']} molecules to train, {used['valid']} to validate",
             "not_used": f"the {sum(m.split == 'test' for m in molecules())} test molecules of ReSolv's split",
         },
-        "training": {"options": training["options"], "best_round": best["round"], "rounds": len(history)},
+        "training": [{k: v for k, v in t.items() if k != "rounds"} for t in trained["trainings"]],
         "accuracy": {
             "against_labels": {split: networks[split] for split in ("valid", "test")},
             "hydration_kcal_mol": hydration["table"],
@@ -60,7 +61,7 @@ def card(water: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--water", type=Path, default=FOLDER / "water_fused", help="folder of the training in water")
+    parser.add_argument("--water", type=Path, default=FOLDER / "water_fused2", help="folder of the training in water")
     args = parser.parse_args()
     PAIR.parent.mkdir(exist_ok=True)
     print(save_pair(args.water / BEST, vacuum_folder() / MODEL, PAIR, **card(args.water)))

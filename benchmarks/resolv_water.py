@@ -2,11 +2,13 @@
 
     python benchmarks/resolv_networks.py first vacuum water      (see there)
     python benchmarks/resolv_water.py [--name fused] [--learning-rate 2e-5] [--processes 4] [--threads 4]
+    python benchmarks/resolv_water.py --name fused2 --start fused --learning-rate 1.2e-5 --rounds 12
 
 It starts as the network that knows what implicit water (ALPB) changes in GFN2-xTB; with ``--start vacuum`` as the
-vacuum potential itself, as the authors of ReSolv do. The defaults are those of the pair in `models/`; the learning rate
-was chosen by validation errors of short trials, of which nothing is kept. How every round went is written to
-``resolv_water.json``, also by ``--report`` alone.
+vacuum potential itself, as the authors of ReSolv do, and with the name of another training as what that one kept. The
+two commands, one after the other, made the pair in `models/`: errors still fell when the learning rate of the first had
+run out. Learning rates were chosen by validation errors of short trials, of which nothing is kept. How every round went
+is written to ``resolv_water.json``, with the trainings that went before, also by ``--report`` alone.
 
 Experimental hydration free energies of the authors' training molecules (FreeSolv), less the tenth of them that says
 which round and which of several trainings is best; test molecules take no part. Every simulation is Langevin dynamics
@@ -20,6 +22,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +35,8 @@ from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import load_potential
 from openmm_mlff.sampling.molecule_runs import LangevinSettings
 from openmm_mlff.training.run import MODEL
-from openmm_mlff.training.solvation import SolvationTraining
-from openmm_mlff.training.solvation_folder import CHECKPOINT, CONFIG, HISTORY
+from openmm_mlff.training.solvation import BEST, SolvationTraining
+from openmm_mlff.training.solvation_folder import CHECKPOINT, CONFIG, HISTORY, checksum
 from openmm_mlff.training.solvation_settings import SolvationOptions, Target
 from openmm_mlff.units import EV_PER_KCAL_PER_MOL
 
@@ -64,23 +67,47 @@ def starts(chosen: Sequence[Molecule], vacuum: Path) -> list[Structure]:
     return found
 
 
-def report(folder: Path) -> None:
-    """How the training of a folder went, round by round, and what was left out."""
-    training = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+def before(folder: Path) -> Path | None:
+    """The folder of the training whose potential this one started as; None if it began with the labels."""
+    started = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["water"]
+    for path in sorted(FOLDER.glob(f"water_*/{BEST}")):
+        if path.parent != folder and checksum(load_potential(path)) == started:
+            return path.parent
+    return None
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """How one training went, round by round."""
     history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
-    dropped = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["dropped"]
-    splits = [t["split"] for t in training["targets"].values()]
-    best = min(history, key=lambda row: row["valid_mae_kt"])
-    content = {
-        "machine": machine(),
-        "options": training["options"],
-        "molecules": {split: splits.count(split) for split in ("train", "valid")},
-        "left_out": dropped,
+    return {
+        "options": json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"],
         "steps": sum(row.get("steps", 0.0) for row in history),
-        "best_round": best["round"],
+        "best_round": min(history, key=lambda row: row["valid_mae_kt"])["round"],
         "rounds": history,
     }
+
+
+def report(folder: Path) -> None:
+    """How the trainings that led to the potential of a folder went, the first one first, and what was left out."""
+    targets = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["targets"]
+    splits = [t["split"] for t in targets.values()]
+    dropped = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["dropped"]
+    trainings, place = [], folder
+    while True:
+        trainings.insert(0, training_of(place))
+        earlier = before(place)
+        if earlier is None:
+            break
+        place = earlier
+    content = {
+        "machine": machine(),
+        "molecules": {split: splits.count(split) for split in ("train", "valid")},
+        "left_out": dropped,
+        "trainings": trainings,
+    }
     write("resolv_water", content)
+    last = trainings[-1]
+    best = next(row for row in last["rounds"] if row["round"] == last["best_round"])
     print(f"best round {best['round']:.0f}: validation {best['valid_mae_kt']:.2f} kT, {len(dropped)} left out")
 
 
@@ -88,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="fused", help="of this training, a folder")
     parser.add_argument("--vacuum", type=Path, help="folder of the vacuum training (default: that of the labels)")
-    parser.add_argument("--start", default="labels", help="of the potential in water: labels, vacuum, or a model file")
+    parser.add_argument("--start", default="labels", help="labels, vacuum, name of a training, or model file")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--fluctuation", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -138,7 +165,9 @@ def main() -> None:
         seed=SEED % 100_000,
     )
     folder = FOLDER / f"water_{args.name}"
-    beginning = {"labels": water_start() / MODEL, "vacuum": place / MODEL}.get(args.start, Path(args.start))
+    known = {"labels": water_start() / MODEL, "vacuum": place / MODEL}
+    beginning = known.get(args.start, FOLDER / f"water_{args.start}" / BEST)
+    beginning = beginning if beginning.exists() else Path(args.start)
     water = load_potential(beginning)
     training = SolvationTraining(
         vacuum,

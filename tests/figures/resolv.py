@@ -36,15 +36,19 @@ def training(read: Read) -> Iterator[str]:
     )
     yield f"a step of one of 64 molecules takes {rounded(networks['us_per_molecule_step'])} µs on one thread"
     yield f"within {rounded(test['solvation_energy_mae_kcal_mol'], 1)} kcal/mol of GFN2-xTB's on test molecules"
-    used, rounds, sampling = water["molecules"], water["rounds"], water["options"]["sampling"]
+    used, trainings = water["molecules"], water["trainings"]
+    last, sampling = trainings[-1], trainings[-1]["options"]["sampling"]
     yield f"{used['train']} measured free energies, with {used['valid']} others to choose the round"
     yield f"{len(water['left_out'])} molecules broke and were left out"
-    yield f"{water['steps']:,.0f} steps in {water['options']['rounds']} rounds"
+    steps, rounds = (
+        sum(part(t) for t in trainings) for part in (lambda t: t["steps"], lambda t: t["options"]["rounds"])
+    )
+    yield f"{steps:,.0f} steps in {rounds} rounds"
     yield f"ensembles of {sampling['length'] / sampling['interval']:.0f} frames over {sampling['length']:.0f} ps"
-    kept = next(r for r in rounds if r["round"] == water["best_round"])
-    yield f"{rounds[0]['valid_mae_kt']:.2f} kT at the start"
+    kept = next(r for r in last["rounds"] if r["round"] == last["best_round"])
+    yield f"{trainings[0]['rounds'][0]['valid_mae_kt']:.2f} kT at the start"
     yield f"{kept['valid_mae_kt']:.2f} kT in the round kept"
-    yield f"its own molecules {rounds[-1]['train_mae_kt']:.2f} kT"
+    yield f"its own molecules {last['rounds'][-1]['train_mae_kt']:.2f} kT"
     earlier = read("resolv_vacuum")
     chosen = earlier["networks"][earlier["chosen"]]
     yield f"{rounded(chosen['test']['forces_mae_kcal_mol_A'], 1)} kcal/mol/Å on its test molecules"
