@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   openmm-mlff simulate molecule.pdb --model-path model.safetensors --time 100 --output run
   openmm-mlff simulate peptide.pdb --solvate 1.0 --ensemble npt --time 50 --output run
+  openmm-mlff simulate peptide.pdb --model-path ensemble.safetensors --on-uncertain stop --uncertainty-limit own -o run
   openmm-mlff simulate --resume --output run --time 200
 """
 
@@ -92,8 +93,9 @@ def _add_uncertainty(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--on-uncertain", choices=("warn", "save", "stop", "fall_back"), help="what an ensemble does "
                        "when it is unsure of a force: warn; save frames for labelling, in DIR/uncertain; stop; or go "
                        "on with another model, which changes the force field within the run")  # fmt: skip
-    group.add_argument("--uncertainty-limit", type=float, metavar="EV/ANGSTROM", help="of the force on any atom (that "
-                       "of the model file)")  # fmt: skip
+    group.add_argument("--uncertainty-limit", type=_limit, metavar="EV/ANGSTROM", help="of the force on any atom (that "
+                       "of the model file); own: found by 1 ps of this system at its temperature, at most that of the "
+                       "file")  # fmt: skip
     group.add_argument("--uncertain-interval", type=int, metavar="STEPS", help="between saved frames, at least (100)")
     group.add_argument("--fall-back", metavar="MODEL", help="model file, or name of a model, to go on with")
 
@@ -141,6 +143,14 @@ def steps_of(name: str, ps: float, timestep: float) -> int:
     if not (0 <= ps < 1e12) or not timestep > 0:
         raise ValueError(f"{name}: expected a time in ps and a positive time step, got {ps} ps and {timestep} fs")
     return round(ps * 1000.0 / timestep)
+
+
+def _limit(text: str) -> float | str:
+    # what is neither is refused by the settings
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _torsion(text: str) -> tuple[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ was checked.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import pickletools
 import re
@@ -79,6 +80,33 @@ def stored_options(force: openmm.Force) -> set[str]:
                 kind, text = ours
                 found.add(kind.normalized(text))
     return found
+
+
+def without_guards(system: openmm.System) -> openmm.System:
+    """A copy of a System whose machine-learned forces watch no uncertainty, as if made without ``on_uncertain``.
+
+    Raises `ValueError` for a PythonForce of others that cannot be copied.
+    """
+    try:
+        root = ET.fromstring(openmm.XmlSerializer.serialize(system))
+    except Exception as error:
+        raise ValueError(f"system: expected forces that can be copied ({error})") from error
+    for element in root.iter():
+        if element.get("type") == "PythonForce":
+            ours = _our_options(_Pickle(_decode(element.get("function"))))
+            if ours is not None:
+                kind, text = ours
+                element.set("function", pickle.dumps(kind(_unguarded(text))).hex())
+    return openmm.XmlSerializer.deserialize(ET.tostring(root, encoding="unicode"))
+
+
+def _unguarded(options: str) -> str:
+    fields = json.loads(options)
+    # embedded regions and many molecules keep the options of the model one level down
+    for part in (fields, fields.get("region"), fields.get("common")):
+        if isinstance(part, dict):
+            part.pop("uncertainty", None)
+    return json.dumps(fields)
 
 
 def _load(source: str | Path, kind: str, expected: type, allow: Iterable[str], force_types: Iterable[str]) -> Any:

@@ -16,6 +16,8 @@ from openmm_mlff.potentials.electrostatics import LONG_RANGE_METHODS
 ENSEMBLES = ("nve", "nvt", "npt")
 COMPILE = ("auto", "yes", "no")
 EMBEDDINGS = ("mechanical", "electrostatic")
+#: an uncertainty limit that comes from a short run of the system itself
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class RunSettings:
         check_bonds: stop when a bond of the machine-learned region breaks.
         max_force: kJ/mol/nm; a larger force on any atom stops the run.
         on_uncertain: what an ensemble does when it is unsure of a force: warn, save (frames, in ``uncertain``), stop or
-            fall_back; None watches nothing. uncertainty_limit: eV/angstrom; None takes that of the model file.
+            fall_back; None watches nothing. uncertainty_limit: eV/angstrom; None takes that of the model file, ``own``
+            finds one by a short run of the system first (`sampling.uncertainty.limit_of_run`).
         uncertain_interval: steps between two saved frames, at least. fall_back: model file or name of a model.
 
     Raises `ValueError` naming the argument, what was expected and what came.
@@ -86,7 +89,7 @@ class RunSettings:
     check_bonds: bool = True
     max_force: float = 1e5
     on_uncertain: str | None = None
-    uncertainty_limit: float | None = None
+    uncertainty_limit: float | str | None = None
     uncertain_interval: int = 100
     fall_back: str | None = None
 
@@ -102,9 +105,10 @@ class RunSettings:
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
         for name in ("temperature", "timestep", "friction", "max_force"):
             require_positive(name, getattr(self, name))
-        for name in ("padding", "long_range_cutoff", "uncertainty_limit"):
+        for name in ("padding", "long_range_cutoff"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
+        self._check_uncertainty_limit()
         for name, least in (("steps", 0), ("equilibration_steps", 0), ("minimization_steps", 0), ("seed", 1),
                             ("report_interval", 1), ("checkpoint_interval", 1),
                             ("uncertain_interval", 1)):  # fmt: skip
@@ -118,6 +122,15 @@ class RunSettings:
                 raise ValueError(
                     f"torsions: expected four different atom indices from 0 for {name!r}, got {list(atoms)}"
                 )
+
+    def _check_uncertainty_limit(self) -> None:
+        limit = self.uncertainty_limit
+        if isinstance(limit, str) and limit != OWN:
+            raise ValueError(f"uncertainty_limit: expected a positive number (eV/angstrom) or {OWN!r}, got {limit!r}")
+        if limit == OWN and self.on_uncertain is None:
+            raise ValueError(f"uncertainty_limit: expected None without on_uncertain, got {OWN!r}")
+        if limit is not None and not isinstance(limit, str):
+            require_positive("uncertainty_limit", limit)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""

@@ -2,7 +2,7 @@
 
 The folder of a run::
 
-    run.json         settings, versions, platform, atoms of the machine-learned region
+    run.json         settings, versions, platform, atoms of the machine-learned region, an own uncertainty limit
     start.pdb        what is simulated, with added water     system.xml   the System
     checkpoint.zip   where the run is (see `checkpoints`)
     trajectory.dcd   frames                                  log.csv      energies, temperature, torsions

@@ -6,6 +6,7 @@ surrounding (mechanical embedding, ML/MM), and the force field alone.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from openmm import app, unit
 from openmm_mlff.analysis.observables import backbone_torsions
 from openmm_mlff.data.structures import formula
 from openmm_mlff.forces.running import computations
-from openmm_mlff.sampling.settings import RunSettings
+from openmm_mlff.sampling.settings import OWN, RunSettings
 from openmm_mlff.sampling.structure_checks import whole
+from openmm_mlff.sampling.uncertainty import TRIAL_PS, trial_run
 
 WATER = frozenset({"HOH", "WAT", "TIP3", "TP3", "SOL", "H2O"})
 #: nm; direct-space cutoff of the force field where the box is large enough for it.
@@ -53,10 +55,15 @@ class BuiltSystem:
 def build(settings: RunSettings) -> BuiltSystem:
     """Read the input, add water if asked, and make the System.
 
+    With ``uncertainty_limit = 'own'`` the limit comes from a trial run at the run's temperature, which `description`
+    then holds; the System is the one of a run with that number given.
+
     Raises `FileNotFoundError` or `ValueError` naming the setting for a file that cannot be read, a selection that
     matches nothing, a residue without parameters, a box that is too small, or constant pressure where the box is fixed
     or missing; and what the potential raises for an element, charge or multiplicity that it cannot describe.
     """
+    if settings.uncertainty_limit == OWN:
+        return _with_own_limit(settings)
     topology, positions = read_structure(settings.input)
     if not settings.use_box:
         topology.setPeriodicBoxVectors(None)
@@ -78,6 +85,20 @@ def build(settings: RunSettings) -> BuiltSystem:
     built.torsions = (automatic if len(automatic) <= 12 else {}) | dict(settings.torsions)
     _check_torsions(settings, built.system.getNumParticles())
     built.description = _describe(built)
+    return built
+
+
+def _with_own_limit(settings: RunSettings) -> BuiltSystem:
+    steps = round(1e3 * TRIAL_PS / settings.timestep)
+    unguarded = {"on_uncertain": None, "uncertainty_limit": None, "fall_back": None}
+    # whether compiling pays depends on the number of steps
+    free = build(settings.replace(**unguarded, steps=steps, equilibration_steps=0))
+    trial = trial_run(
+        free.system, free.positions, temperature=settings.temperature, duration=TRIAL_PS, timestep=settings.timestep,
+        seed=settings.seed, platform=settings.platform, threads=settings.threads,
+    )  # fmt: skip
+    built = build(settings.replace(uncertainty_limit=trial.limit))
+    built.description["uncertainty_limit"] = dataclasses.asdict(trial)
     return built
 
 
