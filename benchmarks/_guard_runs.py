@@ -57,15 +57,7 @@ class Run:
     def __init__(self, setting: Setting, start: Structure, temperature: float, seed: int, guarded: bool,
                  pulled: tuple[int, int] | None = None, watched: tuple[int, int] | None = None) -> None:  # fmt: skip
         options = {"on_uncertain": "stop", "uncertainty_limit": setting.limit} if guarded else {}
-        self.system = MLPotential("ensemble", modelPath=str(setting.model)).createSystem(
-            topology(start),
-            removeCMMotion=False,
-            compile=setting.compile,
-            maxForce=None,
-            charge=start.charge,
-            multiplicity=start.multiplicity,
-            **options,
-        )
+        self.system = system_of(setting, start, maxForce=None, **options)
         self.setting, self.start, self.pulled, self.watched = setting, start, pulled, pulled or watched
         if setting.hydrogen is not None:
             for k in np.flatnonzero(start.numbers == 1).tolist():
@@ -155,6 +147,18 @@ class Run:
     @staticmethod
     def _positions(state: openmm.State) -> np.ndarray:
         return state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+
+
+def system_of(setting: Setting, start: Structure, **options: Any) -> openmm.System:
+    """A molecule by the ensemble."""
+    return MLPotential("ensemble", modelPath=str(setting.model)).createSystem(
+        topology(start),
+        removeCMMotion=False,
+        compile=setting.compile,
+        charge=start.charge,
+        multiplicity=start.multiplicity,
+        **options,
+    )
 
 
 def _length(positions: np.ndarray, pair: tuple[int, int]) -> float:
@@ -303,14 +307,41 @@ def molecule_of(run: dict[str, Any]) -> str:
 
 
 def with_own_limits(runs: Sequence[dict[str, Any]], limits: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The runs as limits by molecule would have ended them, to a look."""
+    """The runs as limits by molecule would have ended them, read off the runs without a guard, to a look.
+
+    A run with a guard is the one without, up to where it stops. The row `peak` holds the largest uncertainty of all
+    steps since the look before.
+    """
     result = []
     for run in runs:
-        beyond = np.flatnonzero(np.array(run["rows"]["peak"]) > limits[molecule_of(run)])
-        if len(beyond) == 0:
+        first = first_beyond(run, limits[molecule_of(run)])
+        if first is None:
             result.append({**run, "stopped_ps": None})
             continue
-        first, error = beyond[0], run["rows"]["error"][beyond[0]]
+        # where not every look has a label, the error there is not known
+        error = None if "error_ps" in run["rows"] else run["rows"]["error"][first]
         ended = {"stopped_ps": run["rows"]["ps"][first], "reason": "on_uncertain"}
         result.append({**run, **ended, "error_where_stopped_eV": None if error is None else abs(error)})
     return result
+
+
+def first_beyond(run: dict[str, Any], limit: float) -> int | None:
+    """The first look at or before which the uncertainty was beyond a limit; None if it never was."""
+    beyond = np.flatnonzero(np.array(run["rows"]["peak"]) > limit)
+    return None if len(beyond) == 0 else int(beyond[0])
+
+
+def agrees(check: Mapping[str, Any], run: dict[str, Any]) -> bool:
+    """Whether a run that was made with a guard stopped where the one without says that it would, to a look.
+
+    Args:
+        check: `ps` that it was to last, `limit_eV_A`, and `stopped_ps` or None.
+    """
+    ps = run["rows"]["ps"]
+    first = first_beyond(run, check["limit_eV_A"])
+    stopped = check["stopped_ps"]
+    if first is None or (first and ps[first - 1] >= check["ps"]):
+        # a run ends with steps after its last look
+        return stopped is None or stopped > ps[-1]
+    # both are whole steps of at least 0.5 fs
+    return stopped is not None and (ps[first - 1] if first else -1.0) < stopped <= ps[first] + 1e-6
