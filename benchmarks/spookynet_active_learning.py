@@ -11,6 +11,7 @@ weights, on all labels with those of the rounds so far (the new ones --repeat ti
 * any: frames of the same MD drawn at random, labelled to judge and never trained on: the errors that simulations meet.
 * valid: the validation molecules of the data. They must not get worse. Test molecules are not looked at.
 * noticed: share of the 5 % worst frames that the members' spread finds at 20 % false alarms.
+* kept: the frames that were added, by the first members and by the last. Do they learn what they are shown?
 * --baseline trains the first members as long without any new label: what of it is more training?
 
 Everything is kept in --output and goes on where it was stopped (also by --time-limit). JSON and picture go to --report.
@@ -224,11 +225,18 @@ class Rounds:
             seconds = {"selection": selected["seconds"], "training_in_this_call": round(time.monotonic() - begin, 1)}
             rows.append({"round": k, "selected": selected["result"], "before": before, "after": after["result"]})
             rows[-1]["seconds"] = seconds
-        result = {"start": start, "rounds": rows}
+        result = {"start": start, "rounds": rows, "kept": self.once("kept", self.judge_kept)["result"]}
+        show("the frames that were added, by the first and the last members", result["kept"])
         if self.options.baseline:
             result["baseline"] = self.once("baseline", self.judge_baseline)["result"]
             show("trained as long without new labels", result["baseline"])
         return result
+
+    def judge_kept(self) -> dict[str, Any]:
+        """The first members and the last ones on all frames that were added to the training."""
+        n = self.options.rounds
+        added = [s for k in range(1, n + 1) for s in self.load(f"kept-{k}")]
+        return {"start": judged(self.model(0), added), "end": judged(self.model(n), added)}
 
     def judge_baseline(self) -> dict[str, Any]:
         n, folder = self.options.rounds, self.output / "members-baseline"

@@ -78,22 +78,29 @@ def summary(card: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> d
         card: of the model. data: cards of the datasets, by the checksum of their shards.
     """
     described = card["training_data"]
-    sources = []
+    sources: dict[str, dict[str, Any]] = {}
+    again = 0
     for source in described["sources"]:
         digest = shards_sha256({"shards": {name: {"sha256": sha} for name, sha in source.get("shards", {}).items()}})
         if digest not in data:
             raise SystemExit(f"--data: the model was trained on {source['name']!r} with other shards than are given")
         found = data[digest]
+        if digest in sources:
+            # labels of active learning, several times in an epoch; all of them train
+            sources[digest]["times_in_an_epoch"] = sources[digest].get("times_in_an_epoch", 1) + 1
+            again += found["n_structures"]
+            continue
         kept = {"name": source["name"], "structures": found["n_structures"], "sha256_of_shards": digest}
         if "collection" in found:
             said = figures(found)
             names = ("charges", "multiplicities", "elements", "sizes", "held_out_by_recipe", "versions")
             classes = {name: row["all"] for name, row in said["classes"].items()}
             kept |= {"classes": classes} | {name: said[name] for name in names}
-        sources.append(kept)
+        sources[digest] = kept
+    count = described["structures"]
     return {
-        "sources": sources,
-        "structures": described["structures"],
+        "sources": list(sources.values()),
+        "structures": count | {"train": count["train"] - again},
         "groups": {split: len(names) for split, names in described["groups"].items()},
         "split": described["split"],
         **({"joined": described["joined"]} if "joined" in described else {}),
