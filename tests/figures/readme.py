@@ -71,6 +71,9 @@ def bio(read: Read) -> Iterator[str]:
     yield f"force MAE {forces('all')} meV/Å"
     yield "at most half in {} of {} closed-shell classes".format(*tables["half"]["ensemble"])
     yield f"(zwitterions {forces('zwitterion')})"
+    free = [read("spookynet_bio")["transfers"]["kinds"][kind] for kind in ("zwitterions", "salt bridges")]
+    own, published = (sum(row[model]["moved_too"] for row in free) for model in ("ensemble", "published"))
+    yield f"({own} of {sum(row['moved_by_gfn2'] for row in free)} unseen frames; {published})"
     isomers = tables["relative"]["mean_absolute"]["zwitterion"]
     yield f"within {isomers['ensemble']:.2f} eV on average ({isomers['published']:.1f})"
     yield f"its energies ({rows['all']['ensemble']['energy_mae']:.0f} meV/atom)"

@@ -48,6 +48,8 @@ def figures(read: Read) -> Iterator[str]:
         values = [1e3 * row["ensemble"] for row in far if row["solute"] == solute]
         published = [1e3 * row["published"] for row in far if row["solute"] == solute][-1]
         yield f"| {solute} | {' | '.join(signed(x, 1) for x in values)} | {signed(published).replace(',', '')} |"
+    yield from transfers(bio["transfers"]["kinds"])
+    yield from rounds_of(read("spookynet_active_learning"))
     forces = calibration["forces"]["rows"][0]
     yield f"the rank correlation is {forces['spearman']:.2f}"
     yield f"{100 * calibration['frames']['rows'][0]['flagged']:.0f} % are noticed"
@@ -59,3 +61,29 @@ def figures(read: Read) -> Iterator[str]:
     parts = [part["test"] for part in curve]
     yield "forces {:.0f}, {:.0f}, {:.0f} meV/Å".format(*(part["forces_mae"] for part in parts))
     yield "energies {:.0f}, {:.0f}, {:.0f} meV/atom".format(*(part["energy_mae"] for part in parts))
+
+
+def transfers(kinds: dict[str, Any]) -> Iterator[str]:
+    free, bridges, solvated = (kinds[n] for n in ("zwitterions", "salt bridges", "zwitterions with nine waters"))
+    own, published = ([row[m]["moved_too"] for row in (free, bridges)] for m in ("ensemble", "published"))
+    yield f"{own[0]} of {free['moved_by_gfn2']} zwitterions and {own[1]} of {bridges['moved_by_gfn2']} salt bridges"
+    yield f"(published: {published[0]} and {published[1]})"
+    assert solvated["moved_by_gfn2"] == 0
+    left = solvated["ensemble"]["left_too"], solvated["published"]["left_too"]
+    yield f"keeps all of {solvated['left_by_gfn2']} zwitterions, the ensemble {left[0]} (published: {left[1]})"
+
+
+def rounds_of(learning: dict[str, Any]) -> Iterator[str]:
+    rounds, settings, kept = learning["rounds"], learning["settings"], learning["kept"]
+    yield f"these come {sum(r['selected']['kept'] for r in rounds):,} structures"
+    yield f"from {settings['starts']} frames of the training set, labels for the {settings['structures']} frames"
+    yield f"{learning['training']['steps']:,} steps"
+    yield f"| 0 | | | | {learning['start']['valid']['force_mae']:.1f} |"
+    for r in rounds:
+        before, after = r["before"], r["after"]
+        held = f"{before['held']['force_mae']:.1f} → {after['held-' + str(r['round'])]['force_mae']:.1f}"
+        chosen = f"{before['selected']['force_mae']:.1f} | {before['any']['force_mae']:.1f}"
+        yield f"| {r['round']} | {chosen} | {held} | {after['valid']['force_mae']:.1f} |"
+    start, end = kept["start"], kept["end"]
+    yield f"on the {start['frames']:,} added frames"
+    yield f"falls from {start['force_mae']:.1f} to {end['force_mae']:.1f}"
