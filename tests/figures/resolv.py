@@ -48,7 +48,8 @@ def training(read: Read) -> Iterator[str]:
     kept = next(r for r in last["rounds"] if r["round"] == last["best_round"])
     yield f"{trainings[0]['rounds'][0]['valid_mae_kt']:.2f} kT at the start"
     yield f"{kept['valid_mae_kt']:.2f} kT in the round kept"
-    yield f"its own molecules {last['rounds'][-1]['train_mae_kt']:.2f} kT"
+    yield f"own molecules were at {last['rounds'][-1]['train_mae_kt']:.2f} kT"
+    yield f"the last {last['options']['rounds']} at a smaller learning rate"
     earlier = read("resolv_vacuum")
     chosen = earlier["networks"][earlier["chosen"]]
     yield f"{rounded(chosen['test']['forces_mae_kcal_mol_A'], 1)} kcal/mol/Å on its test molecules"
@@ -67,7 +68,9 @@ def hydration(read: Read) -> Iterator[str]:
     def figure(row: dict[str, Any], quantity: str) -> str:
         return f"{rounded(row[quantity], 2)} ± {rounded(row[f'{quantity}_error'], 2)}"
 
-    for label, name in (("this pair", "pair"), ("GAFF in TIP3P (FreeSolv)", "GAFF")):
+    names = {"this pair": "pair", "GAFF in TIP3P (FreeSolv)": "GAFF",
+             "this pair, molecules never looked at": "pair, fresh", "GAFF, the same molecules": "GAFF, fresh"}  # fmt: skip
+    for label, name in names.items():
         row = found["table"][name]
         mean = ("−" if row["mean_error"] < 0 else "+") + rounded(abs(row["mean_error"]), 2)
         errors = f"{figure(row, 'mae')} | {figure(row, 'rmse')} | {mean} | {rounded(row['median_error'], 2)}"
