@@ -68,8 +68,12 @@ def hydration(read: Read) -> Iterator[str]:
     def figure(row: dict[str, Any], quantity: str) -> str:
         return f"{rounded(row[quantity], 2)} ± {rounded(row[f'{quantity}_error'], 2)}"
 
-    names = {"this pair": "pair", "GAFF in TIP3P (FreeSolv)": "GAFF",
-             "this pair, molecules never looked at": "pair, fresh", "GAFF, the same molecules": "GAFF, fresh"}  # fmt: skip
+    names = {
+        "this pair": "pair",
+        "GAFF in TIP3P (FreeSolv)": "GAFF",
+        "this pair, molecules never looked at": "pair, fresh",
+        "GAFF, the same molecules": "GAFF, fresh",
+    }
     for label, name in names.items():
         row = found["table"][name]
         mean = ("−" if row["mean_error"] < 0 else "+") + rounded(abs(row["mean_error"]), 2)
