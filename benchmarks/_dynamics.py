@@ -79,6 +79,12 @@ class Record:
         table = {name: column[late] for name, column in self.table.items()}
         return Record(self.positions[late], table, self.events, self.failure, self.seconds)
 
+    def before(self, ps: float) -> Record:
+        """The frames up to a time, that one left out."""
+        early = self.table["time_ps"] < ps - 1e-6
+        table = {name: column[early] for name, column in self.table.items()}
+        return Record(self.positions[early], table, self.events, self.failure, self.seconds)
+
 
 def pieces_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("piece-*.safetensors"))

@@ -19,9 +19,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12.0, 7.2), layout="constrained")
-    _ramachandran(axes[0, 0], result.get("zwitterion", {}))
-    _ends(axes[0, 1], result.get("zwitterion", {}))
-    _shells(axes[0, 2], result.get("zwitterion", {}), "Gly-Ala-Gly, water in the box")
+    peptide = result.get("zwitterion", {})
+    if "model_until_a_proton_moves" in peptide:
+        peptide = {**peptide, "model": peptide["model_until_a_proton_moves"]}
+    _ramachandran(axes[0, 0], peptide)
+    _ends(axes[0, 1], peptide)
+    _shells(axes[0, 2], peptide, "Gly-Ala-Gly, water in the box")
     _bridge(axes[1, 0], result.get("bridge", {}))
     _ions(axes[1, 1], result)
     _uncertainty(axes[1, 2], result)

@@ -88,7 +88,9 @@ def protons(it: Subject, record: Record) -> tuple[dict[str, Any], np.ndarray]:
     each, owner = np.array(states), np.array(owners)
     moves = int((owner[1:] != owner[:-1]).sum()) + int((owner[0] != polar[:, 1]).sum())
     shares = {s: round(float((each == s).mean()), 5) for s in ("as built", "shared", "transferred")}
-    return {"share_of_frames": shares, "hydrogens_that_changed_atom": moves}, np.array(charges)
+    away = np.flatnonzero(each != "as built")
+    first = round(float(record.table["time_ps"][away[0]]), 3) if len(away) else None
+    return {"share_of_frames": shares, "first_moved_ps": first, "hydrogens_that_changed_atom": moves}, np.array(charges)
 
 
 # -- shells of water --------------------------------------------------------------------------------------------------
@@ -185,13 +187,24 @@ def work_of(found: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray((difference - difference.mean()) / (BOLTZMANN_EV * TEMPERATURE))
 
 
-def agreement(it: Subject, found: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Errors against GFN2-xTB along the run, and what reweighting to it could rest on."""
+def agreement(it: Subject, record: Record, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Errors against GFN2-xTB along the run, and what reweighting to it could rest on.
+
+    `energy_error_by_protons`: eV, by where the protons are: what the model prefers one of them by, beside GFN2-xTB.
+    """
     apart = found["model_forces"] - found["teacher_forces"]
     difference = found["model"] - found["teacher"]
     n = len(difference)
+    frames = record.positions[found["frames"]][:, it.region].astype(float)
+    states = np.array([protonation(it.built, frame).state for frame in frames])
+    by_state = {
+        state: {"frames": int((states == state).sum()), **number(mean_with_error(difference[states == state]))}
+        for state in sorted(set(states.tolist()))
+        if (states == state).sum() > 20
+    }
     return {
         "frames": n,
+        "energy_error_by_protons": by_state,
         "force_mae_eV_A": round(float(np.abs(apart).mean()), 4),
         "mean_absolute_force_eV_A": round(float(np.abs(found["teacher_forces"]).mean()), 4),
         "energy_mean_error_meV_per_atom": round(1e3 * float(difference.mean()) / len(it.region), 3),

@@ -50,6 +50,8 @@ def figures(read: Read) -> Iterator[str]:
         yield f"| {solute} | {' | '.join(signed(x, 1) for x in values)} | {signed(published).replace(',', '')} |"
     yield from transfers(bio["transfers"]["kinds"])
     yield from rounds_of(read("spookynet_active_learning"))
+    yield from dynamics(read("spookynet_bio_dynamics"))
+    yield from guard(read("spookynet_bio_guard"))
     forces = calibration["forces"]["rows"][0]
     yield f"the rank correlation is {forces['spearman']:.2f}"
     yield f"{100 * calibration['frames']['rows'][0]['flagged']:.0f} % are noticed"
@@ -87,3 +89,54 @@ def rounds_of(learning: dict[str, Any]) -> Iterator[str]:
     start, end = kept["start"], kept["end"]
     yield f"on the {start['frames']:,} added frames"
     yield f"falls from {start['force_mae']:.1f} to {end['force_mae']:.1f}"
+
+
+def dynamics(found: dict[str, Any]) -> Iterator[str]:
+    peptide, bridge, sodium = (found[name] for name in ("zwitterion", "bridge", "sodium"))
+    for section in (peptide, bridge, sodium):
+        run = section["model"]
+        assert run["ps"] == 200 and run["ended_early"] is None and not run["hydrogen_lost"]
+        assert run.get("bonds_of_carbon", {"broken": 0})["broken"] == 0
+        assert run["uncertainty"]["events_beyond_limit"] == 0
+
+    def value(figure: dict[str, float]) -> str:
+        return f"{figure['value']:.2f} ± {figure['error']:.2f}"
+
+    own, teacher = peptide["model_until_a_proton_moves"], peptide["gfn2"]
+    yield f"keeps its charges for {own['ps']:.0f} ps"
+    waters = [[value(s["waters_within"]) for s in run["shells"].values()] for run in (own, teacher)]
+    yield f"{waters[0][0]} waters stand about the ammonium and {waters[0][1]} about each oxygen of the carboxylate"
+    yield f"{teacher['ps']:.0f} ps, {waters[1][0]} and {waters[1][1]}"
+    extended = [value(run["ramachandran"]["beta and PPII"]) for run in (own, teacher)]
+    yield f"the shares of β and PPII are {extended[0]} and {extended[1]}"
+    errors = peptide["against_gfn2_on_frames_of_the_run"]["energy_error_by_protons"]
+    yield f"by {errors['transferred']['value'] - errors['as built']['value']:.2f} eV more than the model's"
+    yield f"in {100 * bridge['model']['protons']['share_of_frames_as_ion_pair']:.0f} % of the frames"
+    yield f"off by {1e3 * bridge['against_gfn2_on_frames_of_the_run']['force_mae_eV_A']:.0f} meV/Å"
+    yield f"by GFN2-xTB, {bridge['gfn2']['ps']:g} ps"
+    shell, other = (sodium[by]["shells"]["water O about Na"] for by in ("model", "gfn2"))
+    yield f"{value(shell['waters_within'])} waters in its first shell, {shell['first_peak_A']:.2f} Å away"
+    yield f"{sodium['gfn2']['ps']:g} ps, {value(other['waters_within'])} and {other['first_peak_A']:.2f} Å"
+    force = 1e3 * sodium["against_gfn2_on_frames_of_the_run"]["force_mae_eV_A"]
+    yield f"forces are off by {force:.0f} meV/Å"
+    drifts = {
+        name: [abs(r["drift_meV_per_atom_per_ps"]) for r in part["runs"]] for name, part in found["drift"].items()
+    }
+    assert max(map(max, drifts.values())) < 0.02
+    yield f"capped alanine at most {max(drifts['peptide']):.4f}"
+    yield f"the droplet {max(drifts['sodium']):.4f} meV/atom/ps"
+
+
+def guard(found: dict[str, Any]) -> Iterator[str]:
+    own, file = found["summary_with_own_limits"], found["summary"]
+    driven = ("hot", "pulled")
+    total = sum(file[part]["runs"] for part in driven)
+    yield f"{sum(file[part]['stopped'] for part in driven)} of {total} runs that were driven out"
+    limits = [molecule["own_limit_eV_A"] for molecule in found["molecules"].values()]
+    yield f"{min(limits):.1f} to {max(limits):.1f} eV/Å"
+    yield f"stop {own['hot']['stopped']} of {own['hot']['runs']} runs at 2000 K"
+    yield f"{own['pulled']['stopped']} of {own['pulled']['runs']} pulled bonds"
+    before, reached = (sum(own[part][name] for part in driven) for name in ("nonsense_and_stopped_before", "nonsense"))
+    yield f"{before} of the {reached} that reach errors of 50 meV per atom"
+    assert own["calm"]["stopped"] == 0 and own["calm"]["runs"] == 2
+    yield f"only {sum(own[part]['wrong_and_stopped_before'] for part in driven)} of the {total} runs are stopped before"
