@@ -221,7 +221,7 @@ def test_other_baths_do_not_act(ethanol: Ethanol) -> None:
 
 
 def test_the_file_bounds_it_and_says_so(ethanol: Ethanol, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="openmm_mlff.sampling.uncertainty"):
         free = trial_run(learned(ethanol), ethanol.start, **SHORT)
     (record,) = (r for r in caplog.records if "uncertainty_limit" in r.message)
     assert record.levelno == logging.INFO and f"{free.largest:.3g} eV/angstrom" in record.message
@@ -233,7 +233,7 @@ def test_the_file_bounds_it_and_says_so(ethanol: Ethanol, tmp_path: Path, caplog
     (record,) = (r for r in caplog.records if "uncertainty_limit" in r.message)
     assert record.levelno == logging.WARNING and "may be outside" in record.message
     unnamed = save_ensemble(ethanol.kernels, tmp_path / "unnamed.safetensors", {"force_factor": FACTOR})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="openmm_mlff.sampling.uncertainty"):
         found = trial_run(learned(ethanol, unnamed), ethanol.start, **SHORT)
     assert found.of_file is None and found.limit == free.limit and not found.bounded
     assert "names no limit that could bound it" in caplog.text
