@@ -26,7 +26,8 @@ RESOLV := "benchmarks/resolv_vacuum.py --networks f32l2" benchmarks/resolv_label
 
 # these are told which data and models
 BIO := benchmarks/bio_dataset.py benchmarks/spookynet_learning_curve.py benchmarks/spookynet_bio.py \
-	benchmarks/spookynet_bio_dynamics.py benchmarks/spookynet_active_learning.py benchmarks/spookynet_bio_release.py
+	benchmarks/spookynet_bio_dynamics.py benchmarks/spookynet_bio_guard.py benchmarks/spookynet_active_learning.py \
+	benchmarks/spookynet_bio_release.py
 
 # small molecules run fastest on one thread, and the tests already run in two processes
 export OMP_NUM_THREADS ?= 1
@@ -84,7 +85,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.dev
-	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED) $(SO3KRATES) $(RESOLV) $(BIO),$(wildcard benchmarks/[!_]*.py)); do \
+	@failed=; for script in $(filter-out %/cg_gdml.py %/cg_gdml_data.py %/cg_gdml_learning_curve.py $(LED) $(SO3KRATES) $(subst ",,$(RESOLV)) $(BIO),$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
 		test -z "$$failed" || { echo "not done:$$failed"; exit 1; }
 

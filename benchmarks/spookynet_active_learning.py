@@ -40,6 +40,7 @@ from openmm_mlff.data.datasets import Dataset, finish_dataset
 from openmm_mlff.data.files import sha256_of, write_atomically
 from openmm_mlff.data.jobs import claim_folder
 from openmm_mlff.data.labelling import label_structures
+from openmm_mlff.data.model_file import load_card
 from openmm_mlff.data.shards import write_shard
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.ensemble import save_ensemble
@@ -197,6 +198,11 @@ class Rounds:
         recipe = dataclasses.replace(self.recipe, seed=seed, loop=dataclasses.replace(self.recipe.loop, seed=seed))
         self.train(self.output / f"members-{k}", recipe, [self.data, *new * self.options.repeat], self.model(k - 1))
 
+    def steps_kept(self, k: int) -> list[int]:
+        """Of every member of round `k`, the step whose weights were kept (of least validation loss by the recipe)."""
+        files = sorted((self.output / f"members-{k}").glob(f"member-*/{MODEL}"))
+        return [int(load_card(file)["best"]["step"]) for file in files]
+
     def judge(self, k: int, model: Path) -> dict[str, Any]:
         """A model on the validation split and on the held frames of the rounds up to `k`."""
         found = {"valid": judged(model, Dataset(self.data).load("valid"))}
@@ -224,6 +230,7 @@ class Rounds:
             show(f"round {k}, after", after["result"])
             seconds = {"selection": selected["seconds"], "training_in_this_call": round(time.monotonic() - begin, 1)}
             rows.append({"round": k, "selected": selected["result"], "before": before, "after": after["result"]})
+            rows[-1]["steps_kept"] = self.steps_kept(k)
             rows[-1]["seconds"] = seconds
         result = {"start": start, "rounds": rows, "kept": self.once("kept", self.judge_kept)["result"]}
         show("the frames that were added, by the first and the last members", result["kept"])

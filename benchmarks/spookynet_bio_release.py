@@ -125,7 +125,8 @@ def fields(data: Sequence[Mapping[str, Any]], domain: str, description: str) -> 
         "teacher": teacher(data[0]["method"]),
         "licence": "MIT",
         "citation": CITATION,
-        "source": "examples/recipes/spookynet-gfn2-bio.yaml (data), examples/recipes/spookynet_bio.toml (training)",
+        "source": "examples/recipes/spookynet-gfn2-bio.yaml (data), examples/recipes/spookynet_bio.toml and "
+        "spookynet_bio_finetune.toml (training)",
     }
 
 

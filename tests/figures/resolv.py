@@ -91,6 +91,8 @@ def hydration(read: Read) -> Iterator[str]:
     off = {row["name"]: abs(row["predicted"] - row["experiment"]) for row in found["rows"]}
     first, second = (rounded(round(off[name], 3), 1) for name in found["worst"][:2])
     yield f"{first} and {second} kcal/mol"
+    low = [rounded(off[name], 1) for name in ("1-methylpyrrole", "pyrrole")]
+    yield f"and pyrrole are predicted too low by {low[0]} and {low[1]}"
     yield f"Statistical errors are {rounded(found['mean_statistical_error'], 2)} kcal/mol on average"
 
 

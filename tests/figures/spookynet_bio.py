@@ -86,6 +86,8 @@ def rounds_of(learning: dict[str, Any]) -> Iterator[str]:
         held = f"{before['held']['force_mae']:.1f} → {after['held-' + str(r['round'])]['force_mae']:.1f}"
         chosen = f"{before['selected']['force_mae']:.1f} | {before['any']['force_mae']:.1f}"
         yield f"| {r['round']} | {chosen} | {held} | {after['valid']['force_mae']:.1f} |"
+    steps = [step for r in rounds for step in r["steps_kept"]]
+    yield f"after {min(steps):,} to {max(steps):,} of its {learning['training']['steps']:,} steps"
     start, end = kept["start"], kept["end"]
     yield f"on the {start['frames']:,} added frames"
     yield f"falls from {start['force_mae']:.1f} to {end['force_mae']:.1f}"
@@ -102,6 +104,8 @@ def dynamics(found: dict[str, Any]) -> Iterator[str]:
     def value(figure: dict[str, float]) -> str:
         return f"{figure['value']:.2f} ± {figure['error']:.2f}"
 
+    vacuum = found["mechanical"]["gfn2"]
+    assert vacuum["protons"]["hydrogens_that_changed_atom"] == 1 and vacuum["ps"] <= 2
     own, teacher = peptide["model_until_a_proton_moves"], peptide["gfn2"]
     yield f"keeps its charges for {own['ps']:.0f} ps"
     waters = [[value(s["waters_within"]) for s in run["shells"].values()] for run in (own, teacher)]
