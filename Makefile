@@ -26,7 +26,7 @@ RESOLV := "benchmarks/resolv_vacuum.py --networks f32l2" benchmarks/resolv_label
 
 # these are told which data and models
 BIO := benchmarks/bio_dataset.py benchmarks/spookynet_learning_curve.py benchmarks/spookynet_bio.py \
-	benchmarks/spookynet_bio_dynamics.py benchmarks/spookynet_bio_guard.py benchmarks/spookynet_active_learning.py \
+	benchmarks/spookynet_bio_dynamics.py benchmarks/spookynet_bio_guard.py benchmarks/spookynet_bio_examples.py benchmarks/spookynet_active_learning.py \
 	benchmarks/spookynet_bio_release.py
 
 # small molecules run fastest on one thread, and the tests already run in two processes

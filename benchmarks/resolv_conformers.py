@@ -1,6 +1,9 @@
 """What the water potential does to conformers: populations of three molecules in vacuum and in water.
 
     python benchmarks/resolv_conformers.py [--pair models/resolv-freesolv.safetensors] [--ps 100]
+    python benchmarks/resolv_conformers.py --cases 1,2-dichloroethane --ps 400
+
+Cases that are left out keep what the results hold of them for the same pair.
 
 * 1,2-dichloroethane (a test molecule of the ReSolv split): the trans form has no dipole, and polar solvents favour the
   gauche form (K. B. Wiberg, T. A. Keith, M. J. Frisch, M. Murcko, J. Phys. Chem. 99, 9072 (1995)).
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +194,13 @@ def explicit_water() -> dict[str, float] | None:
     return {state: float(m.mean()) for state, m in states("alanine dipeptide", {"phi": phi, "psi": psi}).items()}
 
 
+def earlier(pair: Path) -> dict[str, Any]:
+    """The results there are, if they are of a pair of this name."""
+    path = HERE / "resolv_conformers.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found if found.get("settings", {}).get("pair") == pair.name else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=HERE.parent / "models" / "resolv-freesolv.safetensors")
@@ -202,18 +213,22 @@ def main() -> None:
             print(name, run(name, args.only, args.pair, args.ps), flush=True)
         return
     table = Table("molecule", "state", "vacuum", "water", title="Populations by the pair")
-    results: dict[str, Any] = {}
+    known = earlier(args.pair)
+    results: dict[str, Any] = known.get("populations", {})
     for name in args.cases:
         rows = {phase: populations(name, run(name, phase, args.pair, args.ps)) for phase in ("vacuum", "water")}
-        results[name] = rows
+        results[name] = {"ps": args.ps, **rows}
         for state in rows["vacuum"]:
             shares = [f"{rows[p][state]['share']:.3f} +- {rows[p][state]['error']:.3f}" for p in ("vacuum", "water")]
             table.add_row(name, state, *shares)
     Console().print(table)
-    settings = {"replicas": REPLICAS, "ps": args.ps, "temperature_K": TEMPERATURE, "pair": args.pair.name}
-    explicit = explicit_water() if "alanine dipeptide" in args.cases else None
+    settings = {"replicas": REPLICAS, "temperature_K": TEMPERATURE, "pair": args.pair.name}
+    explicit = known.get("alanine_dipeptide_TIP3P")
+    if "alanine dipeptide" in args.cases:
+        explicit = explicit_water() or explicit
     print("alanine dipeptide in TIP3P:", explicit)
-    content = {"machine": machine(), "settings": settings, "populations": results, "alanine_dipeptide_TIP3P": explicit}
+    ordered = {name: results[name] for name in CASES if name in results}
+    content = {"machine": machine(), "settings": settings, "populations": ordered, "alanine_dipeptide_TIP3P": explicit}
     write("resolv_conformers", content)
 
 

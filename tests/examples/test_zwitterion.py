@@ -10,10 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import openmm
 import pytest
 
 from openmm_mlff.analysis.umbrella import Bias, Reweighted
-from openmm_mlff.potentials.family import find_family
+from openmm_mlff.potentials.family import find_family, load_potential
 from openmm_mlff.sampling.umbrella import WindowRun
 
 NAME = "08_zwitterion_in_water.py"
@@ -71,6 +72,22 @@ def test_a_few_steps(
     transfer = np.linalg.norm(x[:, 5] - x[:, 0], axis=1) - np.linalg.norm(x[:, 5] - x[:, 3], axis=1)
     np.testing.assert_allclose(transfer, first.values[:, 0], atol=1e-4)
     assert float(rows[0][1]) < -0.4 < float(rows[-1][1])
+
+
+def test_water_can_induce_dipoles(example: ModuleType, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = example.model_path(model)
+    potential = load_potential(path)
+
+    def energy() -> float:
+        _, system, positions = example.in_water(path, potential, 1.5, induced=True)
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+        context.setPositions(0.1 * positions)
+        return float(context.getState(energy=True).getPotentialEnergy()._value)
+
+    whole = energy()
+    # the same damping of charges; what differs is the energy of the dipoles, which is negative
+    monkeypatch.setattr(example, "INDUCTION", {"dampingLength": example.INDUCTION["dampingLength"]})
+    assert -400.0 < whole - energy() < -4.0
 
 
 def test_one_of_six_neutral_molecules_is_sampled(

@@ -98,7 +98,12 @@ def hydration(read: Read) -> Iterator[str]:
 
 def conformers(read: Read) -> Iterator[str]:
     found = read("resolv_conformers")
-    yield f"{found['settings']['replicas']} replicas of {found['settings']['ps']:.0f} ps), vacuum → water"
+    lengths = {name: f"{rows['ps']:.0f} ps" for name, rows in found["populations"].items()}
+    yield (
+        f"{found['settings']['replicas']} replicas of {lengths['1,2-dimethoxyethane']}, "
+        f"dichloroethane {lengths['1,2-dichloroethane']}), vacuum → water"
+    )
+    assert lengths["alanine dipeptide"] == lengths["1,2-dimethoxyethane"]
 
     def share(figure: dict[str, float]) -> str:
         percent, error = 100 * figure["share"], 100 * figure["error"]

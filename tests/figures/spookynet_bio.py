@@ -52,6 +52,9 @@ def figures(read: Read) -> Iterator[str]:
     yield from rounds_of(read("spookynet_active_learning"))
     yield from dynamics(read("spookynet_bio_dynamics"))
     yield from guard(read("spookynet_bio_guard"))
+    examples = read("spookynet_bio_examples")["parts"]
+    yield from glycine(examples["zwitterion"])
+    yield from new_molecule(examples["new_molecule"])
     forces = calibration["forces"]["rows"][0]
     yield f"the rank correlation is {forces['spearman']:.2f}"
     yield f"{100 * calibration['frames']['rows'][0]['flagged']:.0f} % are noticed"
@@ -129,6 +132,35 @@ def dynamics(found: dict[str, Any]) -> Iterator[str]:
     assert max(map(max, drifts.values())) < 0.02
     yield f"capped alanine at most {max(drifts['peptide']):.4f}"
     yield f"the droplet {max(drifts['sodium']):.4f} meV/atom/ps"
+
+
+def glycine(found: dict[str, Any]) -> Iterator[str]:
+    water, compared = found["in water"], found["compared"]
+    yield f"{found['windows']} umbrella windows of {found['ps']:.0f} ps"
+    value, error = water["neutral less zwitterion"]
+    assert value < 0
+    yield f"the neutral molecule comes out {-value:.1f} ± {error:.1f} kcal/mol"
+    yield "which is {:.1f} ± {:.1f} from losing its proton".format(*water["barrier from zwitterion"])
+    minima = {name.removesuffix(", ALPB"): x for name, x in compared.items() if name.endswith("ALPB")}
+    assert min(minima, key=lambda name: minima[name]).startswith("neutral")
+    yield f"best neutral minimum {minima['zwitterion']:.1f} below that of the zwitterion"
+    yield f"{compared['energies of GFN2-xTB, first order']:+.1f}; what is left"
+
+
+def new_molecule(found: dict[str, Any]) -> Iterator[str]:
+    yield f"it takes {found['seconds'] / 60:.1f} minutes on four cores"
+    exploring, labels = found["exploring"], found["labels"]
+    yield f"disagree by {exploring['new']:.2f} eV/Å (known molecules: {exploring['rehearsed']:.2f})"
+    yield f"{labels['new']} frames get labels"
+    names = {"new": "zidovudine", "rehearsed": f"molecules in the rehearsal, {labels['rehearsed']} labels",
+             "known": "other known molecules"}  # fmt: skip
+    for key, label in names.items():
+        pair = [found[f"{key} {when}"] for when in ("before", "after")]
+        forces, energy, spread = (
+            " → ".join(f"{row[quantity]:.{digits}f}" for row in pair)
+            for quantity, digits in (("forces", 0), ("energy", 1), ("disagreement", 2))
+        )
+        yield f"| {label} | {forces} | {energy} | {spread} |"
 
 
 def guard(found: dict[str, Any]) -> Iterator[str]:
