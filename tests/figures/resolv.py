@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from math import hypot
 from typing import Any
 
 from .common import NUMBERS, Read, rounded, significant, within
@@ -109,6 +110,10 @@ def conformers(read: Read) -> Iterator[str]:
         percent, error = 100 * figure["share"], 100 * figure["error"]
         digits = 1 if error < 0.95 else 0
         return f"{percent:.{digits}f} ± {error:.{digits}f} %"
+
+    ends = [found["populations"]["1,2-dichloroethane"][phase]["gauche"] for phase in ("vacuum", "water")]
+    apart = 100 * (ends[1]["share"] - ends[0]["share"])
+    yield f"by little ({apart:.1f} ± {100 * hypot(ends[0]['error'], ends[1]['error']):.1f} points"
 
     names = {"1,2-dichloroethane": {"gauche": "gauche 1,2-dichloroethane"},
              "1,2-dimethoxyethane": {"gauche": "gauche 1,2-dimethoxyethane"},
