@@ -27,20 +27,21 @@ from openmm_mlff.data.files import sha256_of
 NAME = "spookynet_bio_examples"
 EXAMPLES = HERE.parent / "examples"
 FOLDER = HERE.parent / ".work" / "bio_examples"
-#: script and options, its file of results, its picture
-PARTS = {
-    "zwitterion": (("08_zwitterion_in_water.py",), "results.json", "profile.png"),
+#: script and options, its file of results, the picture that is kept
+PARTS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    "zwitterion": (("08_zwitterion_in_water.py",), "results.json", None),
     "induced": (("08_zwitterion_in_water.py", "--induced"), "results.json", "profile.png"),
     "new_molecule": (("09_active_learning.py",), "report.json", "active_learning.png"),
 }
 
 
 def run(part: str, model: Path, folder: Path, processes: int) -> dict[str, Any]:
-    """Results of an example; its picture is kept beside this script."""
+    """Results of an example; pictures are kept beside this script."""
     (script, *options), results, picture = PARTS[part]
     command = [sys.executable, str(EXAMPLES / script), *options, "--model", str(model), "--output", str(folder)]
     subprocess.run([*command, "--processes", str(processes)], check=True)
-    shutil.copy(folder / picture, HERE / f"spookynet_bio_{part}.png")
+    if picture:
+        shutil.copy(folder / picture, HERE / f"spookynet_bio_{part}.png")
     found: dict[str, Any] = json.loads((folder / results).read_text(encoding="utf-8"))
     return found
 

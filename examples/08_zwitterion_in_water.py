@@ -7,11 +7,12 @@ Glycine is the ML region, the water TIP3P, with electrostatic embedding: the mod
 moves, feel those of the water. Umbrella windows lead the proton from the nitrogen to an oxygen (d(N-H) - d(O-H)) and
 then turn the hydroxyl group away from the nitrogen, without which the neutral molecule is not at rest: that turn limits
 the reaction in water (Chem. Phys. Lett. 321, 433 (2000)). MBAR makes a profile and a free-energy difference of all
-windows, with error bars. Three protons and two oxygens make six neutral molecules of one zwitterion, of which one is
-sampled; the difference counts them all. The model's charges are those of the isolated molecule, however it is bent:
-water does not polarise them, beyond what it does to the geometry, unless --induced gives the atoms induced dipoles.
-GFN2-xTB, which taught the model, has the zwitterion too high even in implicit water, where experiment has it about
-7 kcal/mol below the neutral molecule: what comes out, and why, is in docs/spookynet_bio.md.
+windows, with error bars. Three protons and two oxygens make six neutral molecules, of which one is sampled; of the
+zwitterion that sixth counts in which the same proton and oxygen are nearest to each other. The model's charges are
+those of the isolated molecule, however it is bent: water does not polarise them, beyond what it does to the geometry,
+unless --induced gives the atoms induced dipoles. GFN2-xTB, which taught the model, has the zwitterion too high even in
+implicit water, where experiment has it about 7 kcal/mol below the neutral molecule: what comes out, and why, is in
+docs/spookynet_bio.md.
 
 In vacuum there is no zwitterion: the example lets one go, with the model and, where tblite is installed, with GFN2-xTB.
 With tblite it also says what GFN2-xTB would change in the energies of the sampled frames, and compares with GFN2-xTB in
@@ -44,7 +45,7 @@ from openmm_mlff.analysis.free_energy import LEAST_OVERLAP, InsufficientOverlap
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.analysis.plots import BLUE, GREY, STYLE, pyplot, save_figure
 from openmm_mlff.analysis.umbrella import Bias, Reweighted
-from openmm_mlff.data.reference import TBLite
+from openmm_mlff.data.reference import LabelError, TBLite
 from openmm_mlff.data.structures import Structure
 from openmm_mlff.potentials.family import find_family, load_potential
 from openmm_mlff.potentials.potential import Potential
@@ -71,6 +72,7 @@ ZWITTERION = np.array(
      [0.131, -0.947, 0.517]]
 )  # fmt: skip
 N, CA, C, O1, O2, PROTON = 0, 1, 2, 3, 4, 5
+PROTONS = (PROTON, 6, 7)
 #: sigma (nm) and epsilon (kJ/mol) of amber14, the same wherever the proton is
 LENNARD_JONES = {
     "N": (0.32500, 0.71128),
@@ -159,7 +161,7 @@ def in_water(
     system = maker.createMixedSystem(modeller.topology, mm, atoms, embedding="electrostatic", charge=0, **more)
     # the other protons stay at the nitrogen, and this one does not go to the other oxygen: one of six neutral molecules
     walls = CustomBondForce("0.5*40000*min(r-0.14,0)^2")
-    for proton in (PROTON, 6, 7):
+    for proton in PROTONS:
         for oxygen in (O1, O2):
             if (proton, oxygen) != (PROTON, O1):
                 walls.addBond(proton, oxygen)
@@ -190,16 +192,21 @@ def path_of_windows(transfers: int, turns: int) -> list[UmbrellaWindow]:
 
 @dataclass
 class Regions:
-    """Which frames are which molecule, by coordinates of all frames."""
+    """Which frames are which molecule, by coordinates of all frames.
+
+    `nearest` says where, of the three protons and two oxygens, those that react are nearest to each other: in a sixth
+    of the zwitterion, however seldom it turns.
+    """
 
     transfer: np.ndarray
     turn: np.ndarray
+    nearest: np.ndarray
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
         neutral, towards = self.transfer >= 0, self.turn < 90
         return {
-            "zwitterion": ~neutral,
+            "zwitterion": ~neutral & self.nearest,
             "neutral, hydroxyl group towards the nitrogen": neutral & towards,
             "neutral, hydroxyl group turned away": neutral & ~towards,
         }
@@ -207,8 +214,9 @@ class Regions:
 
 def regions_of(frames: np.ndarray) -> Regions:
     """Of positions ``(n, 10, 3)`` angstrom."""
+    apart = np.linalg.norm(frames[:, PROTONS, None] - frames[:, None, (O1, O2)], axis=-1).reshape(len(frames), -1)
     n, o = (np.linalg.norm(frames[:, PROTON] - frames[:, i], axis=1) for i in (N, O1))
-    return Regions(n - o, np.abs(dihedral(frames, np.array([[CA, C, O1, PROTON]]))[:, 0]))
+    return Regions(n - o, np.abs(dihedral(frames, np.array([[CA, C, O1, PROTON]]))[:, 0]), apart.argmin(1) == 0)
 
 
 def show_windows(windows: list[UmbrellaWindow], runs: list[WindowRun]) -> None:
@@ -223,8 +231,7 @@ def report(samples: Reweighted, regions: Regions) -> dict[str, list[float]]:
     """Free energies and their standard errors, kcal/mol, by name."""
     zwitterion, *neutral = regions.masks.values()
     all_neutral = samples.difference(zwitterion, neutral[0] | neutral[1])
-    # the sampled neutral molecule is one of six
-    found = {"neutral less zwitterion": [(all_neutral.delta - np.log(6)) * KT, all_neutral.error * KT]}
+    found = {"neutral less zwitterion": list(all_neutral.times(KT))}
     if all(mask.any() for mask in neutral):
         found["hydroxyl group turned away less towards"] = list(samples.difference(*neutral).times(KT))
     found |= barriers(samples, regions)
@@ -337,9 +344,16 @@ def compare(samples: Reweighted, regions: Regions, frames: np.ndarray, model: En
     minima = []
     for mask in regions.masks.values():
         some = np.flatnonzero(chosen & mask)
-        minima += [relaxed(implicit, frames[k].astype(np.float64)) for k in some[:: max(1, len(some) // 6)]]
-    # a frame near the border of two regions may end in the other one
+        for k in some[:: max(1, len(some) // 6)]:
+            try:
+                minima.append(relaxed(implicit, frames[k].astype(np.float64)))
+            except LabelError as error:
+                print(f"  left out, a frame on whose way down {error}")
+    if not minima:
+        return found
+    # a frame near the border of two regions may end in the other one, and every zwitterion will do
     reached, energies = regions_of(np.array([x for x, _ in minima])), np.array([e for _, e in minima])
+    reached.nearest[:] = True
     for name, mask in reached.masks.items():
         if mask.any():
             found[f"{name}, ALPB"] = float(energies[mask].min() - energies.min()) * EV
@@ -400,13 +414,12 @@ def main() -> None:
         )  # fmt: skip
     except InsufficientOverlap as error:
         raise SystemExit(f"no free energy: {error}") from None
-    regions = Regions(samples.values[:, 0], np.abs(samples.values[:, 1]))
+    frames = np.concatenate([run.recorded for run in runs])
+    regions = regions_of(frames)
     results |= {"windows": len(windows), "ps": settings.length, "in water": report(samples, regions)}
     draw(samples, regions, args.output / "profile.png")
     if tblite:
-        results["compared"] = compare(
-            samples, regions, np.concatenate([run.recorded for run in runs]), methods["model"]
-        )
+        results["compared"] = compare(samples, regions, frames, methods["model"])
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"windows and picture: {args.output}")
 

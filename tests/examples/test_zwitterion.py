@@ -94,22 +94,34 @@ def test_one_of_six_neutral_molecules_is_sampled(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
-    # as many frames on both sides, and twice as many of the neutral ones with the hydroxyl group turned away
+    # as many frames on both sides, and twice as many of the neutral ones with the hydroxyl group turned away; the
+    # proton is nearest in a sixth of the zwitterions
     transfer = np.concatenate([rng.uniform(-0.9, -0.1, 600), rng.uniform(0.1, 1.0, 600)])
     turn = np.concatenate([np.zeros(600), np.tile([10.0, 170.0, 170.0], 200)])
     values = np.stack([transfer, turn], axis=1)
     order = rng.permutation(1200)
     same = (Bias.umbrella(0.0, 1e-9), None)
     samples = Reweighted.of([same, same], [values[order[:600]], values[order[600:]]], 298.15)
-    regions = example.Regions(samples.values[:, 0], samples.values[:, 1])
+    nearest = (samples.values[:, 0] > 0) | (rng.random(1200) < 1 / 6)
+    regions = example.Regions(samples.values[:, 0], samples.values[:, 1], nearest)
+    share = regions.masks["zwitterion"].sum() / 600
     example.report(samples, regions)
     said = capsys.readouterr().out
-    # -RT ln 6 and -RT ln 2 at 298.15 K
+    # -RT ln 6, by the share there is, and -RT ln 2 at 298.15 K
     found = re.search(r"neutral less zwitterion +([+-][\d.]+) \+- ([\d.]+)", said)
-    assert found is not None and float(found[1]) == pytest.approx(-1.06, abs=0.011) and float(found[2]) < 0.06
+    assert found is not None and 0.1 < share < 0.25
+    assert float(found[1]) == pytest.approx(0.5925 * np.log(share), abs=0.011) and float(found[2]) < 0.09
     assert re.search(r"turned away less towards +-0\.41 ", said)
     example.draw(samples, regions, tmp_path / "profile.png")
     assert (tmp_path / "profile.png").stat().st_size > 10_000
+
+
+def test_a_sixth_of_the_zwitterion(example: ModuleType) -> None:
+    frames = np.stack([example.ZWITTERION] * 3)
+    # another proton, and another oxygen, come nearer
+    frames[1, [example.PROTON, 6]] = frames[1, [6, example.PROTON]]
+    frames[2, [example.O1, example.O2]] = frames[2, [example.O2, example.O1]]
+    assert example.regions_of(frames).masks["zwitterion"].tolist() == [True, False, False]
 
 
 def test_barriers(example: ModuleType) -> None:
@@ -119,7 +131,8 @@ def test_barriers(example: ModuleType) -> None:
         order = np.random.default_rng(1).permutation(len(values))
         same = (Bias.umbrella(0.0, 1e-9), None)
         samples = Reweighted.of([same, same], [values[order[::2]], values[order[1::2]]], 298.15)
-        return example.barriers(samples, example.Regions(samples.values[:, 0], samples.values[:, 1]))
+        every = np.ones(len(values), dtype=bool)
+        return example.barriers(samples, example.Regions(samples.values[:, 0], samples.values[:, 1], every))
 
     heights = found({-0.85: 800, -0.45: 300, 0.05: 100, 0.45: 200, 0.95: 400})
     # RT ln 8 and RT ln 4

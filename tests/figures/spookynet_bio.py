@@ -53,7 +53,7 @@ def figures(read: Read) -> Iterator[str]:
     yield from dynamics(read("spookynet_bio_dynamics"))
     yield from guard(read("spookynet_bio_guard"))
     examples = read("spookynet_bio_examples")["parts"]
-    yield from glycine(examples["zwitterion"])
+    yield from glycine(examples["zwitterion"], examples["induced"])
     yield from new_molecule(examples["new_molecule"])
     forces = calibration["forces"]["rows"][0]
     yield f"the rank correlation is {forces['spearman']:.2f}"
@@ -134,17 +134,23 @@ def dynamics(found: dict[str, Any]) -> Iterator[str]:
     yield f"the droplet {max(drifts['sodium']):.4f} meV/atom/ps"
 
 
-def glycine(found: dict[str, Any]) -> Iterator[str]:
-    water, compared = found["in water"], found["compared"]
+def glycine(found: dict[str, Any], induced: dict[str, Any]) -> Iterator[str]:
+    assert induced["induced"] and not found["induced"]
     yield f"{found['windows']} umbrella windows of {found['ps']:.0f} ps"
-    value, error = water["neutral less zwitterion"]
-    assert value < 0
-    yield f"the neutral molecule comes out {-value:.1f} ± {error:.1f} kcal/mol"
-    yield "which is {:.1f} ± {:.1f} from losing its proton".format(*water["barrier from zwitterion"])
-    minima = {name.removesuffix(", ALPB"): x for name, x in compared.items() if name.endswith("ALPB")}
-    assert min(minima, key=lambda name: minima[name]).startswith("neutral")
-    yield f"best neutral minimum {minima['zwitterion']:.1f} below that of the zwitterion"
-    yield f"{compared['energies of GFN2-xTB, first order']:+.1f}; what is left"
+    names = {"charges of the model alone": found, "with induced dipoles (`--induced`)": induced}
+    free = {name: part["in water"]["neutral less zwitterion"] for name, part in names.items()}
+    for name, part in names.items():
+        value, error = free[name]
+        barrier = "{:.1f} ± {:.1f}".format(*part["in water"]["barrier from zwitterion"])
+        yield f"| {name} | {signed(value, 1)} ± {error:.1f} | {barrier} |"
+    values = [value for value, _ in free.values()]
+    teacher = values[1] + induced["compared"]["energies of GFN2-xTB, first order"]
+    assert teacher > 0
+    yield f"| the same, energies of GFN2-xTB to first order | +{teacher:.1f} | |"
+    minima = {name.removesuffix(", ALPB"): x for name, x in induced["compared"].items() if name.endswith("ALPB")}
+    implicit = min(x for name, x in minima.items() if name.startswith("neutral")) - minima["zwitterion"]
+    yield f"| GFN2-xTB in implicit water (ALPB), minima | {signed(implicit, 1)} | |"
+    yield f"are worth {values[1] - values[0]:.0f} kcal/mol"
 
 
 def new_molecule(found: dict[str, Any]) -> Iterator[str]:
