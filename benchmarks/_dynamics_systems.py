@@ -41,6 +41,13 @@ DROPLETS: dict[str, tuple[tuple[tuple[str, str], ...], float, int]] = {
     "chloride": ((("CL", "[Cl-]"),), 0.0, 30),
 }
 
+#: as in docs/embedding.md
+INDUCTION: dict[str, Any] = {
+    "dampingLength": 0.129,
+    "polarizabilities": {"H": 0.310, "C": 1.092, "N": 0.666, "O": 0.610},
+    "inductionDamping": 1.62,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -50,7 +57,7 @@ class Subject:
         topology: of everything. positions: ``(n_atoms, 3)`` angstrom.
         region: atoms that the model or GFN2-xTB describes; the rest is the force field's.
         built: what the region was built as: elements, bonds, formal charges.
-        embedding: of the region in the force field.
+        embedding: of the region in the force field. induction: whether its charges induce dipoles on the region.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Subject:
     region: np.ndarray
     built: classes.Topology
     embedding: str = "electrostatic"
+    induction: bool = False
 
     @property
     def structure(self) -> Structure:
@@ -98,7 +106,7 @@ class Subject:
 
 def subject(name: str, work: Path) -> Subject:
     """A system by its name; the box of water is made on the first call and then read from `work`."""
-    if name in ("zwitterion", "mechanical"):
+    if name in ("zwitterion", "induced", "mechanical"):
         return _in_box(name, work / "zwitterion.pdb")
     if name == "peptide":
         return _of_parts(name, [("ALA", make_part("peptide", "CC(=O)N[C@@H](C)C(=O)NC", seed=SEED))])
@@ -121,7 +129,7 @@ def _in_box(name: str, path: Path) -> Subject:
     built = classes.Topology(numbers, np.array(charges), np.array(bonds), np.zeros(len(solute), dtype=np.int64))
     positions = np.array(pdb.getPositions(asNumpy=True).value_in_unit(unit.angstrom))
     embedding = "mechanical" if name == "mechanical" else "electrostatic"
-    return Subject(name, pdb.topology, positions, region, built, embedding)
+    return Subject(name, pdb.topology, positions, region, built, embedding, induction=name == "induced")
 
 
 def _solvate(path: Path) -> None:
@@ -285,6 +293,8 @@ def _mixed(it: Subject, model: Path | None, teacher: bool) -> openmm.System:
         return MLPotential("ase").createMixedSystem(it.topology, field, region, calculator=force, mlLongRange=False)
     assert model is not None
     options = _options(it, model)
+    if it.induction:
+        options |= INDUCTION
     system = _potential(model).createMixedSystem(it.topology, field, region, embedding=it.embedding, **options)
     if teacher:
         correction = openmm.PythonForce(Correction(it.structure, model))

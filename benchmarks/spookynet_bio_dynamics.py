@@ -7,6 +7,7 @@
   model's charges, which follow the geometry. In the run by GFN2-xTB the energy of the peptide is GFN2-xTB's and
   the charges are still the model's, so that the two runs differ in the energy of the peptide and nothing else, and
   frames of one can be reweighted to the other.
+* induced: the same run by the model with induced dipoles on the peptide.
 * mechanical: the same by mechanical embedding, a few ps, as a warning. The peptide's own energy is then that of the
   vacuum, where GFN2-xTB gives up the zwitterion, and the force field's charges do not change when a proton leaves.
 * bridge: methylammonium and acetate in 24 waters; droplet: a sodium ion and a chloride ion in 30 waters each. All atoms
@@ -63,20 +64,21 @@ from openmm_mlff.data.files import sha256_of
 #: systems of each part; the two droplets can be made at a time, too
 PARTS = {
     "zwitterion": ("zwitterion",),
+    "induced": ("induced",),
     "mechanical": ("mechanical",),
     "bridge": ("bridge",),
     "droplet": ("sodium", "chloride"),
     "sodium": ("sodium",),
     "chloride": ("chloride",),
 }
-EVERYTHING = ("zwitterion", "mechanical", "bridge", "droplet", "drift", "figure")
+EVERYTHING = ("zwitterion", "induced", "mechanical", "bridge", "droplet", "drift", "figure")
 #: ps that are left out at the start, of runs by the model and by GFN2-xTB
 RELAXATION, REFERENCE_RELAXATION = 10.0, 2.0
-PIECE, REFERENCE_PIECE = 5.0, {"zwitterion": 1.0, "mechanical": 1.0, "bridge": 0.5, "sodium": 0.5, "chloride": 0.5}
+PIECE, BOX_PIECE, DROPLET_PIECE = 5.0, 1.0, 0.5
 #: ps at most, of both runs with mechanical embedding
 WARNING = 5.0
 #: frames whose labels are made, by system
-AUDITED = {"zwitterion": 1000, "mechanical": 50, "bridge": 100, "sodium": 100, "chloride": 100}
+AUDITED = {"zwitterion": 1000, "induced": 1000, "mechanical": 50, "bridge": 100, "sodium": 100, "chloride": 100}
 #: less than this share of frames carries no average
 LEAST_SHARE = 0.05
 DRIFT = {"peptide": "Ace-Ala-NMe in vacuum, 22 atoms", "sodium": "sodium ion and 30 waters, 91 atoms"}
@@ -108,8 +110,11 @@ def reference_folder(name: str, work: Path, runs: Path) -> Path:
 def refer(part: str, ps: float, model: Path, work: Path, runs: Path) -> None:
     """Make what is missing of the runs by GFN2-xTB."""
     for name in PARTS.get(part, ()):
-        plan = Plan(model, teacher=True, piece=REFERENCE_PIECE[name])
-        carry_on(subject(name, work), plan, reference_folder(name, work, runs), min(ps, most(name)))
+        it = subject(name, work)
+        if it.induction:
+            continue
+        plan = Plan(model, teacher=True, piece=BOX_PIECE if it.mixed else DROPLET_PIECE)
+        carry_on(it, plan, reference_folder(name, work, runs), min(ps, most(name)))
 
 
 # -- what runs say ----------------------------------------------------------------------------------------------------
@@ -320,7 +325,7 @@ def main() -> None:
             write_summary(runs / f"{name}.json", analyse(name, arguments.model, work, runs))
     if arguments.runs_only:
         return
-    names = ["zwitterion", "mechanical", "bridge", "sodium", "chloride", "drift"]
+    names = ["zwitterion", "induced", "mechanical", "bridge", "sodium", "chloride", "drift"]
     there = [name for name in names if (runs / f"{name}.json").exists()]
     result = {name: json.loads((runs / f"{name}.json").read_text(encoding="utf-8")) for name in there}
     report(result)
