@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,14 @@ def report(result: dict[str, Any]) -> None:
             print(f"drift, {name}: {row['drift_meV_per_atom_per_ps']:+.2e} ± {row['error']:.1e} meV/atom/ps")
 
 
+def elsewhere(names: Sequence[str], there: Sequence[str]) -> dict[str, Any]:
+    """Sections of the results whose runs are not in the work folder, and the checksum of the file they are of."""
+    path = HERE / "spookynet_bio_dynamics.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = {name: found[name] for name in names if name in found and name not in there}
+    return {**kept, "model": found.get("kept_of_model") or found["model"]} if kept else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model file")
@@ -304,6 +313,7 @@ def main() -> None:
     parser.add_argument("--ps", type=float, default=200.0, help="of each run by the model")
     parser.add_argument("--reference-ps", type=float, default=0.0, help="of runs by GFN2-xTB; 0 takes what is there")
     parser.add_argument("--analyse", action="store_true", help="make no runs")
+    parser.add_argument("--keep", action="store_true", help="results whose runs were made elsewhere stay in the file")
     parser.add_argument("--runs-only", action="store_true", help="look at none")
     parser.add_argument("--work", type=Path, default=HERE.parent / ".work" / "spookynet_bio_dynamics")
     arguments = parser.parse_args()
@@ -329,10 +339,10 @@ def main() -> None:
     there = [name for name in names if (runs / f"{name}.json").exists()]
     result = {name: json.loads((runs / f"{name}.json").read_text(encoding="utf-8")) for name in there}
     report(result)
-    write(
-        "spookynet_bio_dynamics",
-        {"what": __doc__, "model": sha256_of(arguments.model), "machine": machine(), **without_rows(result)},
-    )
+    stated = {"what": __doc__, "model": sha256_of(arguments.model), "machine": machine()}
+    kept = elsewhere(names, there) if arguments.keep else {}
+    ordered = {name: {**kept, **without_rows(result)}[name] for name in names if name in {*kept, *there}}
+    write("spookynet_bio_dynamics", {**stated, "kept_of_model": kept.pop("model", None), **ordered})
     if "figure" in arguments.part:
         draw(result, HERE / "spookynet_bio_dynamics.png")
 

@@ -301,7 +301,8 @@ class Features:
         if not self._n_rest:
             return chosen
         scattered = self._scattered(chosen)
-        every = self._full.positions(self._completed(self.zmatrix.values(scattered)))
+        # a decoder may put three atoms on a line; what hangs on them is for a relaxation to find
+        every = self._full.positions(self._completed(self.zmatrix.values(scattered, straight=True)))
         # the tree starts at the origin, along x, in the xy plane: put that frame on the same atoms
         first, second, third = (scattered[:, atom] for atom in self._full.atoms[:3])
         x = torch.nn.functional.normalize(second - first, dim=-1)

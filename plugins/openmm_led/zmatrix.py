@@ -146,21 +146,22 @@ class ZMatrix:
             raise ValueError(f"zmatrix: expected atoms and references, got {error!r}") from error
 
     # ------------------------------------------------------------------------------------ positions -> values
-    def values(self, positions: Array) -> Array:
+    def values(self, positions: Array, *, straight: bool = False) -> Array:
         """Bonds, angles and torsions (in (-pi, pi]), ``(n, 3 N - 6)``.
 
         Args:
             positions: ``(n, n_atoms of the molecule, 3)`` nm; molecules whole, which is the caller's business where
                 there is a periodic box.
+            straight: whether three atoms on which others hang may be on a line. The torsions about it mean little then.
 
-        Raises `ValueError` for positions that are not finite, or where three atoms on which others hang are on a line.
+        Raises `ValueError` for positions that are not finite, or on a line where they may not be.
         """
         if positions.ndim != 3 or positions.shape[1] <= max(self.atoms) or positions.shape[2] != 3:
             raise ValueError(
                 f"positions: expected shape (n, more than {max(self.atoms)}, 3), got {tuple(positions.shape)}"
             )
         check_array("positions", positions, *positions.shape[1:])
-        return on_torch(self._measure, positions)
+        return on_torch(lambda x: self._measure(x, straight), positions)
 
     @cached_property
     def _columns(self) -> list[Tensor]:
@@ -168,7 +169,7 @@ class ZMatrix:
         rows = torch.tensor([(atom, *row) for atom, row in zip(self.atoms, self.references, strict=True)])
         return [rows[max(width, 1) :, width].contiguous() for width in range(4)]
 
-    def _measure(self, positions: Tensor) -> Tensor:
+    def _measure(self, positions: Tensor, straight: bool) -> Tensor:
         at = [positions[:, index.to(positions.device)] for index in self._columns]
         # of each width the atoms that have it: i from the second atom on, k from the third, l from the fourth
         i, j, k, m = at[0], at[1], at[2], at[3]
@@ -176,7 +177,8 @@ class ZMatrix:
         axis = k - j[:, 1:]
         normal = torch.cross(bond[:, 1:], axis, dim=-1)
         angle = torch.atan2(normal.norm(dim=-1), -(bond[:, 1:] * axis).sum(-1))
-        self._check_bent(angle)
+        if not straight:
+            self._check_bent(angle)
         other = torch.cross(axis[:, 1:], m - k[:, 1:], dim=-1)
         sine = (bond[:, 2:] * other).sum(-1) * axis[:, 1:].norm(dim=-1)
         torsion = torch.atan2(sine, (normal[:, 1:] * other).sum(-1))

@@ -447,6 +447,21 @@ def test_a_straight_line_is_refused(ala2: Case) -> None:
         tree.values(straight)
 
 
+def test_a_straight_line_can_be_decoded(ala2: Case) -> None:
+    features = Features.cartesian(ala2.topology, ala2.reference, "heavy").fit_template(ala2.frames)
+    coordinates = np.asarray(features.coordinates(ala2.frames[:3])).copy()
+    atoms = coordinates.reshape(3, -1, 3)
+    chosen = list(features.atoms)
+    n, c, ca = (chosen.index(k) for k in (16, 14, 8))
+    atoms[2, n] = 2 * atoms[2, c] - atoms[2, ca] + 1e-6
+    found = features.positions(coordinates)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[:, chosen], atoms)
+    # the hydrogen of the nitrogen is as far from it as in other frames
+    apart = np.linalg.norm(found[:, 17] - found[:, 16], axis=-1)
+    np.testing.assert_allclose(apart, apart[0], rtol=1e-6)
+
+
 def test_what_cannot_be_a_tree_is_refused(ala2: Case, trp_cage: Case) -> None:
     with pytest.raises(ValueError, match="atoms: expected atoms joined by bonds, got 20 separate parts"):
         Features.internal(trp_cage.topology, "CA")
