@@ -165,5 +165,8 @@ def led(read: Read) -> Iterator[str]:
     alone, decoded = (rows[name]["over"]["MD, native OBC2"] for name in ("LED, 1 walker", "LED, 1 walker, decoded"))
     yield f"advances {alone:.0f} times as fast as MD with the native GB force"
     yield f"{decoded:.0f} times with every frame decoded"
-    within = read("led_trpcage")["verdict"]["LED"]["within_twice_the_floor"]
+    trpcage = read("led_trpcage")["verdict"]["LED"]
+    assert all(trpcage["timescale_inside"]["timescale_ps"])
+    within = trpcage["within_twice_the_floor"]
+    assert [name for name in within if not within[name]] == ["radius of gyration"]
     yield f"{NUMBERS[sum(within.values())]} of {NUMBERS[len(within)]} distributions of Trp-cage's native basin"

@@ -97,8 +97,8 @@ def rounds_of(learning: dict[str, Any]) -> Iterator[str]:
 
 
 def dynamics(found: dict[str, Any]) -> Iterator[str]:
-    peptide, bridge, sodium = (found[name] for name in ("zwitterion", "bridge", "sodium"))
-    for section in (peptide, bridge, sodium):
+    peptide, induced, bridge, sodium = (found[name] for name in ("zwitterion", "induced", "bridge", "sodium"))
+    for section in (peptide, induced, bridge, sodium):
         run = section["model"]
         assert run["ps"] == 200 and run["ended_early"] is None and not run["hydrogen_lost"]
         assert run.get("bonds_of_carbon", {"broken": 0})["broken"] == 0
@@ -107,6 +107,15 @@ def dynamics(found: dict[str, Any]) -> Iterator[str]:
     def value(figure: dict[str, float]) -> str:
         return f"{figure['value']:.2f} ± {figure['error']:.2f}"
 
+    protons = induced["model"]["protons"]
+    assert protons["hydrogens_that_changed_atom"] == 0 and protons["share_of_frames"]["transferred"] == 0
+    waters = [value(s["waters_within"]) for s in induced["model"]["shells"].values()]
+    yield (
+        f"one is shared in {100 * protons['share_of_frames']['shared']:.1f} % of the frames, {waters[0]} waters stand"
+        f" about the ammonium and {waters[1]} about each oxygen of the carboxylate"
+    )
+    force = 1e3 * induced["against_gfn2_on_frames_of_the_run"]["force_mae_eV_A"]
+    yield f"(Forces on its frames are off by {force:.0f} meV/Å from GFN2-xTB's.)"
     vacuum = found["mechanical"]["gfn2"]
     assert vacuum["protons"]["hydrogens_that_changed_atom"] == 1 and vacuum["ps"] <= 2
     own, teacher = peptide["model_until_a_proton_moves"], peptide["gfn2"]
