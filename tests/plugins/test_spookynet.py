@@ -334,7 +334,8 @@ def test_a_free_atom_has_its_own_energy_only(published: dict[torch.dtype, Spooky
         result = model.evaluate(model.batch(atom))
         assert float(result.energy) == float(result.terms["network"]) and math.isfinite(float(result.energy))
         assert result.forces is not None and bool((result.forces == 0).all())
-        assert result.charges is not None and result.charges.tolist() == [float(charge)]
+        # to the last bit or the one before it, as the processor adds
+        assert result.charges is not None and result.charges.tolist() == pytest.approx([charge], abs=1e-15)
 
 
 def test_charge_and_spin_change_the_energy(published: dict[torch.dtype, SpookyNet]) -> None:
