@@ -1,9 +1,8 @@
 """What the water potential does to conformers: populations of three molecules in vacuum and in water.
 
-    python benchmarks/resolv_conformers.py [--pair models/resolv-freesolv.safetensors] [--ps 100]
-    python benchmarks/resolv_conformers.py --cases 1,2-dichloroethane --ps 400
+    python benchmarks/resolv_conformers.py [--pair models/resolv-freesolv.safetensors] [--cases NAME ...]
 
-Cases that are left out keep what the results hold of them for the same pair.
+Cases that are left out keep what the results hold of them for a pair of the same weights.
 
 * 1,2-dichloroethane (a test molecule of the ReSolv split): the trans form has no dipole, and polar solvents favour the
   gauche form (K. B. Wiberg, T. A. Keith, M. J. Frisch, M. Murcko, J. Phys. Chem. 99, 9072 (1995)).
@@ -49,15 +48,16 @@ KT = BOLTZMANN_KJ_PER_MOL * TEMPERATURE
 
 @dataclass(frozen=True)
 class Case:
-    """A molecule, its torsions (SMARTS), and the bias on the first of them (kJ/mol)."""
+    """A molecule, its torsions (SMARTS), the bias on the first of them (kJ/mol), and ps of each replica."""
 
     smiles: str
     torsions: dict[str, str]
     bias: float
+    ps: float = 100.0
 
 
 CASES = {
-    "1,2-dichloroethane": Case("ClCCCl", {"ClCCCl": "[Cl:1][C:2][C:3][Cl:4]"}, -8.0),
+    "1,2-dichloroethane": Case("ClCCCl", {"ClCCCl": "[Cl:1][C:2][C:3][Cl:4]"}, -8.0, ps=1600.0),
     "1,2-dimethoxyethane": Case("COCCOC", {"OCCO": "[O:1][C:2][C:3][O:4]"}, -6.0),
     "alanine dipeptide": Case(
         "CC(=O)N[C@@H](C)C(=O)NC", {"phi": "[CX3:1](=O)[N:2][CX4:3][CX3:4]", "psi": "[N:1][CX4:2][CX3:3](=O)[N:4]"}, 0.0
@@ -110,12 +110,15 @@ def dihedral_of(structure: Structure, atoms: tuple[int, int, int, int]) -> float
     return float(np.arctan2(np.linalg.norm(v) * (u @ np.cross(v, w)), np.cross(u, v) @ np.cross(v, w)))
 
 
+def weights_of(pair: Path, phase: str) -> str:
+    """Checksum of the numbers of the potential of a phase, because the file of a pair holds a card that changes."""
+    tensors = getattr(load_potential(pair), phase).state_dict().values()
+    return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in tensors)).hexdigest()[:8]
+
+
 def run(name: str, phase: str, pair: Path, ps: float) -> Path:
     """The replicas of one molecule in one phase, or what is missing of them; a folder for every pair of potentials."""
-    # by the numbers of the potential, because the file of a pair holds a card that changes
-    weights = b"".join(x.detach().numpy().tobytes() for x in getattr(load_potential(pair), phase).state_dict().values())
-    digest = hashlib.sha256(weights).hexdigest()[:8]
-    case, folder = CASES[name], FOLDER / "conformers" / f"{name.replace(' ', '_')}_{phase}_{digest}"
+    case, folder = CASES[name], FOLDER / "conformers" / f"{name.replace(' ', '_')}_{phase}_{weights_of(pair, phase)}"
     indices = torsions(case)
     first = next(iter(indices.values()))
     steps = round(1e3 * ps / TIMESTEP)
@@ -194,35 +197,37 @@ def explicit_water() -> dict[str, float] | None:
     return {state: float(m.mean()) for state, m in states("alanine dipeptide", {"phi": phi, "psi": psi}).items()}
 
 
-def earlier(pair: Path) -> dict[str, Any]:
-    """The results there are, if they are of a pair of this name."""
+def earlier(weights: dict[str, str]) -> dict[str, Any]:
+    """The results there are, if they are of a pair of these weights."""
     path = HERE / "resolv_conformers.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found if found.get("settings", {}).get("pair") == pair.name else {}
+    return found if found.get("settings", {}).get("weights") == weights else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, default=HERE.parent / "models" / "resolv-freesolv.safetensors")
-    parser.add_argument("--ps", type=float, default=100.0)
+    parser.add_argument("--ps", type=float, help="of each replica; longer than what there is, or left out")
     parser.add_argument("--only", choices=("vacuum", "water"), help="simulate this phase and report nothing")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     if args.only:
         for name in args.cases:
-            print(name, run(name, args.only, args.pair, args.ps), flush=True)
+            print(name, run(name, args.only, args.pair, args.ps or CASES[name].ps), flush=True)
         return
     table = Table("molecule", "state", "vacuum", "water", title="Populations by the pair")
-    known = earlier(args.pair)
+    weights = {phase: weights_of(args.pair, phase) for phase in ("vacuum", "water")}
+    known = earlier(weights)
     results: dict[str, Any] = known.get("populations", {})
     for name in args.cases:
-        rows = {phase: populations(name, run(name, phase, args.pair, args.ps)) for phase in ("vacuum", "water")}
-        results[name] = {"ps": args.ps, **rows}
+        ps = args.ps or CASES[name].ps
+        rows = {phase: populations(name, run(name, phase, args.pair, ps)) for phase in ("vacuum", "water")}
+        results[name] = {"ps": ps, **rows}
         for state in rows["vacuum"]:
             shares = [f"{rows[p][state]['share']:.3f} +- {rows[p][state]['error']:.3f}" for p in ("vacuum", "water")]
             table.add_row(name, state, *shares)
     Console().print(table)
-    settings = {"replicas": REPLICAS, "temperature_K": TEMPERATURE, "pair": args.pair.name}
+    settings = {"replicas": REPLICAS, "temperature_K": TEMPERATURE, "pair": args.pair.name, "weights": weights}
     explicit = known.get("alanine_dipeptide_TIP3P")
     if "alanine dipeptide" in args.cases:
         explicit = explicit_water() or explicit

@@ -26,12 +26,14 @@
 
 Every run is made of pieces in the work folder and goes on where it was stopped. Parts can be made at a time by several
 processes (--part bridge --runs-only), and looked at when they are there (--analyse). Runs by GFN2-xTB of droplets
-belong to no model and are made once; --ps 0 makes nothing else.
+belong to no model and are made once; --ps 0 makes nothing else. With --keep, sections whose runs are not in the work
+folder stay in the results as they are, if they are of the same weights; `made` says by which file and machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +62,7 @@ from _dynamics_systems import Subject, subject
 
 from openmm_mlff.analysis.distributions import floor, wasserstein
 from openmm_mlff.analysis.observables import energy_drift, mean_with_error
+from openmm_mlff.data import model_file
 from openmm_mlff.data.files import sha256_of
 
 #: systems of each part; the two droplets can be made at a time, too
@@ -298,12 +301,24 @@ def report(result: dict[str, Any]) -> None:
             print(f"drift, {name}: {row['drift_meV_per_atom_per_ps']:+.2e} ± {row['error']:.1e} meV/atom/ps")
 
 
-def elsewhere(names: Sequence[str], there: Sequence[str]) -> dict[str, Any]:
-    """Sections of the results whose runs are not in the work folder, and the checksum of the file they are of."""
+def weights_of(model: Path) -> str:
+    """Checksum of the numbers of a model file, whatever its card says."""
+    tensors = model_file.load(model)[1]
+    content = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(content).hexdigest()
+
+
+def elsewhere(names: Sequence[str], weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sections of the results whose runs were made elsewhere, and by which file and machine.
+
+    Refuses those of other weights.
+    """
     path = HERE / "spookynet_bio_dynamics.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept = {name: found[name] for name in names if name in found and name not in there}
-    return {**kept, "model": found.get("kept_of_model") or found["model"]} if kept else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"weights": weights, "made": {}}
+    if found["weights"] != weights:
+        raise SystemExit(f"--keep: expected results of the weights {weights[:8]}, got those of {found['weights'][:8]}")
+    kept = [name for name in names if name in found]
+    return {name: found[name] for name in kept}, {name: found["made"][name] for name in kept}
 
 
 def main() -> None:
@@ -339,10 +354,14 @@ def main() -> None:
     there = [name for name in names if (runs / f"{name}.json").exists()]
     result = {name: json.loads((runs / f"{name}.json").read_text(encoding="utf-8")) for name in there}
     report(result)
-    stated = {"what": __doc__, "model": sha256_of(arguments.model), "machine": machine()}
-    kept = elsewhere(names, there) if arguments.keep else {}
-    ordered = {name: {**kept, **without_rows(result)}[name] for name in names if name in {*kept, *there}}
-    write("spookynet_bio_dynamics", {**stated, "kept_of_model": kept.pop("model", None), **ordered})
+    weights = weights_of(arguments.model)
+    missing = [name for name in names if name not in there]
+    kept, made = elsewhere(missing, weights) if arguments.keep else ({}, {})
+    here = {"model": sha256_of(arguments.model), "machine": machine()}
+    made |= {name: here for name in there}
+    sections = kept | without_rows(result)
+    ordered = {name: sections[name] for name in names if name in sections}
+    write("spookynet_bio_dynamics", {"what": __doc__, "weights": weights, "made": made, **ordered})
     if "figure" in arguments.part:
         draw(result, HERE / "spookynet_bio_dynamics.png")
 

@@ -152,9 +152,10 @@ class ZMatrix:
         Args:
             positions: ``(n, n_atoms of the molecule, 3)`` nm; molecules whole, which is the caller's business where
                 there is a periodic box.
-            straight: whether three atoms on which others hang may be on a line. The torsions about it mean little then.
+            straight: accept three atoms on a line on which others hang; the torsions about it mean little then.
 
-        Raises `ValueError` for positions that are not finite, or on a line where they may not be.
+        Raises `ValueError` for positions that are not finite and, unless `straight`, where three atoms on which others
+        hang are on a line.
         """
         if positions.ndim != 3 or positions.shape[1] <= max(self.atoms) or positions.shape[2] != 3:
             raise ValueError(
