@@ -140,6 +140,7 @@ class JointSampler:
             for j in range(k)
         ]  # fmt: skip
         self._own = [(np.ascontiguousarray(weight[rows].T), bias[rows]) for rows in own]
+        self._lower = [(i, j) for i in range(d) for j in range(i)]
         self._inverse = None
         if mixture.coupling == "constant" and d > 1:
             low = mixture._matrix(mixture.low).detach().cpu().numpy()
@@ -148,19 +149,25 @@ class JointSampler:
     def __call__(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
         kernel = pick(h @ self._weight + self._bias, random)
         e = random.standard_normal((len(h), self.n_out), dtype=np.float32)
-        d = self.n_out
         if len(h) == 1:
             weight, bias = self._own[kernel[0]]
-            raw = h @ weight + bias
-        else:
-            raw = np.empty((len(h), 2 * d + self.n_low), h.dtype)
-            order = np.argsort(kernel, kind="stable")
-            ends = np.searchsorted(kernel[order], np.arange(self.kernels + 1))
-            for j in range(self.kernels):
-                which = order[ends[j] : ends[j + 1]]
-                if len(which):
-                    weight, bias = self._own[j]
-                    raw[which] = h[which] @ weight + bias
+            return self._placed(h @ weight + bias, e, kernel)
+        # walkers with the same kernel next to each other, so that each kernel's matrix is applied once
+        order = np.argsort(kernel.astype(np.int16), kind="stable")
+        h, kernel = h[order], kernel[order]
+        raw = np.empty((len(h), 2 * self.n_out + self.n_low), h.dtype)
+        ends = np.searchsorted(kernel, np.arange(self.kernels + 1)).tolist()
+        for (weight, bias), first, last in zip(self._own, ends[:-1], ends[1:], strict=True):
+            if last > first:
+                np.matmul(h[first:last], weight, out=raw[first:last])
+                raw[first:last] += bias
+        out = np.empty_like(e)
+        out[order] = self._placed(raw, e[order], kernel)
+        return out
+
+    def _placed(self, raw: np.ndarray, e: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        """Centre and width of each row's kernel, about which e ``(n, n_out)`` become draws; e is overwritten."""
+        d = self.n_out
         return raw[:, :d] + (self.floor + softplus(raw[:, d : 2 * d])) * self._coupled(e, raw[:, 2 * d :], kernel)
 
     def _coupled(self, e: np.ndarray, low: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -174,10 +181,22 @@ class JointSampler:
             return u
         if self.n_low:
             # forward substitution, row after row of A; there are few dimensions where A depends on the input
-            for i in range(1, self.n_out):
-                row = i * (i - 1) // 2
-                e[:, i] -= (low[:, row : row + i] * e[:, :i]).sum(1)
+            if len(e) == 1:
+                u, factors = e[0].tolist(), low[0].tolist()
+                for (i, j), a in zip(self._lower, factors, strict=True):
+                    u[i] -= a * u[j]
+                return np.array([u], e.dtype)
+            columns, factors = np.ascontiguousarray(e.T), np.ascontiguousarray(low.T)
+            for (i, j), a in zip(self._lower, factors, strict=True):
+                columns[i] -= a * columns[j]
+            return columns.T
         return e
+
+
+#: rows up to which numpy's cost per call matters more than how the numbers lie in memory
+FEW = 16
+#: choices up to which weights are cumulated column by column
+NARROW = 64
 
 
 def pick(logits: np.ndarray, random: np.random.Generator, least: float = 0.0) -> np.ndarray:
@@ -185,6 +204,8 @@ def pick(logits: np.ndarray, random: np.random.Generator, least: float = 0.0) ->
 
     Weights below `least` times the largest one are left out.
     """
+    if logits.ndim == 2 and len(logits) > FEW and logits.shape[1] <= NARROW:
+        return _pick_columns(np.ascontiguousarray(logits.T), random, least)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     if least:
         p[p < least] = 0.0
@@ -193,9 +214,21 @@ def pick(logits: np.ndarray, random: np.random.Generator, least: float = 0.0) ->
     return np.minimum((c < level).sum(-1), c.shape[-1] - 1)
 
 
+def _pick_columns(p: np.ndarray, random: np.random.Generator, least: float) -> np.ndarray:
+    """`pick` of logits ``(choices, n)``, which are overwritten: the same numbers, many rows at a time."""
+    p -= p.max(0)
+    np.exp(p, out=p)
+    if least:
+        p[p < least] = 0.0
+    for k in range(1, len(p)):
+        p[k] += p[k - 1]
+    level = random.random(p.shape[1]) * p[-1]
+    return np.minimum((p < level).sum(0), len(p) - 1)
+
+
 def softplus(x: np.ndarray) -> np.ndarray:
-    """ln(1 + e^x), without overflow."""
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+    """ln(1 + e^x), without overflow, to the last digits of 1; log1p would be right for tiny values too, and slow."""
+    return np.maximum(x, 0) + np.log(1 + np.exp(-np.abs(x)))
 
 
 class DiagonalMixture(Density):

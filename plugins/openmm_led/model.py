@@ -127,10 +127,13 @@ class LED(Propagator):
     def step(self, state: LatentState, random: np.random.Generator) -> LatentState:
         z = state.z
         memories = [s.remember(z, state.memory[f"memory_{i}"]) for i, s in enumerate(self._steppers)]
-        later = np.empty_like(z)
-        for i, walkers in enumerate(self._assigned(len(z), random)):
-            if len(walkers):
-                later[walkers] = self._moved(self._steppers[i], z[walkers], memories[i][walkers], random)
+        if len(memories) == 1:
+            later = self._moved(self._steppers[0], z, memories[0], random)
+        else:
+            later = np.empty_like(z)
+            for i, walkers in enumerate(self._assigned(len(z), random)):
+                if len(walkers):
+                    later[walkers] = self._moved(self._steppers[i], z[walkers], memories[i][walkers], random)
         return LatentState(later, {f"memory_{i}": m for i, m in enumerate(memories)})
 
     def proposals(

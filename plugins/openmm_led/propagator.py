@@ -157,10 +157,15 @@ def _validation_block(valid: Sequence[np.ndarray], frames: int = 60_000, longest
     return z, counts
 
 
+#: walkers that go through a step together: what they need in between stays in the processor's cache
+ROWS = 256
+
+
 class Stepper:
     """One trained propagator in numpy: what the latent dynamics runs on.
 
-    The memory is ``(n, parts, layers, hidden)`` float32, parts = 2 for an LSTM (output, cell) and 1 for a GRU.
+    The memory is ``(n, parts, layers, hidden)`` float32, parts = 2 for an LSTM (output, cell) and 1 for a GRU. Every
+    matrix acts on rows (memory, 1, input) or on a part of them, so that biases need no work of their own.
     """
 
     def __init__(self, rnn: LatentRNN) -> None:
@@ -171,17 +176,14 @@ class Stepper:
         def array(p: Tensor) -> np.ndarray:
             return p.detach().cpu().numpy().astype(np.float32)
 
-        cell = dict(rnn.cell.named_parameters())
+        cell = {name: array(p) for name, p in rnn.cell.named_parameters()}
+        gates = _lstm_gates if self.parts == 2 else _gru_gates
         self.inner = [
-            tuple(array(cell[f"{name}_l{layer}"]) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            gates(*(cell[f"{name}_l{layer}"] for name in ("weight_hh", "bias_hh", "weight_ih", "bias_ih")))
             for layer in range(self.layers)
         ]
-        self.inner = [(wi.T.copy(), wh.T.copy(), bi, bh) for wi, wh, bi, bh in self.inner]
-        if self.parts == 2:  # both biases always come together
-            self.inner = [(wi, wh, bi + bh, bh) for wi, wh, bi, bh in self.inner]
         weight = array(rnn.trunk.weight).T
-        self.trunk_m, self.trunk_z = weight[: self.hidden].copy(), weight[self.hidden :].copy()
-        self.trunk_bias = array(rnn.trunk.bias)
+        self.trunk = np.concatenate([weight[: self.hidden], array(rnn.trunk.bias)[None], weight[self.hidden :]])
         self.draw = rnn.density.sampler()
         k, d = rnn.config.kernels, rnn.config.latent_dim
         weight, bias = array(rnn.density.head.weight), array(rnn.density.head.bias)
@@ -193,28 +195,45 @@ class Stepper:
     def remember(self, z: np.ndarray, memory: np.ndarray) -> np.ndarray:
         """The memory after seeing z ``(n, d)``."""
         after = np.empty_like(memory)
-        x = z.astype(np.float32, copy=False)
-        h = self.hidden
-        for layer, (wi, wh, bi, bh) in enumerate(self.inner):
-            out = memory[:, 0, layer]
-            if self.parts == 2:
-                gates = x @ wi + out @ wh + bi
-                s = _sigmoid(gates)
-                cell = s[:, h : 2 * h] * memory[:, 1, layer] + s[:, :h] * np.tanh(gates[:, 2 * h : 3 * h])
-                after[:, 1, layer] = cell
-                x = s[:, 3 * h :] * np.tanh(cell)
-            else:
-                a, b = x @ wi + bi, out @ wh + bh
-                s = _sigmoid(a[:, : 2 * h] + b[:, : 2 * h])
-                new = np.tanh(a[:, 2 * h :] + s[:, :h] * b[:, 2 * h :])
-                x = new + s[:, h:] * (out - new)
-            after[:, 0, layer] = x
+        cell = self._lstm if self.parts == 2 else self._gru
+        for k in range(0, len(z), ROWS):
+            x = z[k : k + ROWS]
+            before, later = memory[k : k + ROWS], after[k : k + ROWS]
+            for layer, weights in enumerate(self.inner):
+                cell(weights, _rows(before[:, 0, layer], x), before[:, :, layer], later[:, :, layer])
+                x = later[:, 0, layer]
         return after
+
+    def _gru(self, weights: tuple[np.ndarray, ...], rows: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
+        reset, update, own, given = weights
+        h = self.hidden
+        # sigma(x) = (1 + tanh(x / 2)) / 2; the halves of the arguments are in the weights
+        r, u = np.tanh(rows @ reset), np.tanh(rows @ update)
+        kept = rows[:, : h + 1] @ own  # half of what the memory gives to the new state
+        r *= kept
+        r += kept
+        r += rows[:, h:] @ given
+        np.tanh(r, out=r)
+        apart = before[:, 0] - r
+        apart *= 0.5
+        u += 1.0
+        u *= apart
+        np.add(r, u, out=after[:, 0])
+
+    def _lstm(self, weights: tuple[np.ndarray, ...], rows: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
+        take, keep, new, give = (np.tanh(rows @ w) for w in weights)
+        for gate in (take, keep, give):
+            gate *= 0.5
+            gate += 0.5
+        keep *= before[:, 1]
+        take *= new
+        np.add(keep, take, out=after[:, 1])
+        np.multiply(give, np.tanh(after[:, 1]), out=after[:, 0])
 
     def features(self, z: np.ndarray, memory: np.ndarray) -> np.ndarray:
         """What the mixture sees, ``(n, hidden)``."""
-        z = z.astype(np.float32, copy=False)
-        return np.tanh(memory[:, 0, -1] @ self.trunk_m + z @ self.trunk_z + self.trunk_bias)
+        raw = _rows(memory[:, 0, -1], z) @ self.trunk
+        return np.tanh(raw, out=raw)
 
     def mean(self, features: np.ndarray) -> np.ndarray:
         """Mean of the step that the mixture predicts, ``(n, d)``."""
@@ -224,5 +243,26 @@ class Stepper:
         return np.einsum("nk,nkd->nd", w / w.sum(-1, keepdims=True), raw[:, k:].reshape(-1, k, d))
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
+def _rows(memory: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(memory, 1, x) of each walker, float32."""
+    h = memory.shape[1]
+    rows = np.empty((len(x), h + 1 + x.shape[1]), np.float32)
+    rows[:, :h], rows[:, h], rows[:, h + 1 :] = memory, 1.0, x
+    return rows
+
+
+def _gru_gates(wh: np.ndarray, bh: np.ndarray, wi: np.ndarray, bi: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Matrices of reset and update gate on whole rows, halved; of the new state on (memory, 1), halved, as the reset
+    gate multiplies it, and on (1, input)."""
+    h = wh.shape[1]
+    both = np.concatenate([wh.T, (bh + bi)[None], wi.T])
+    reset, update = (0.5 * both[:, part : part + h] for part in (0, h))
+    own, given = np.concatenate([wh.T, bh[None]])[:, 2 * h :], np.concatenate([bi[None], wi.T])[:, 2 * h :]
+    return reset, update, 0.5 * own, given.copy()
+
+
+def _lstm_gates(wh: np.ndarray, bh: np.ndarray, wi: np.ndarray, bi: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Matrices of input, forget, cell and output gate on whole rows; all but the cell's halved."""
+    h = wh.shape[1]
+    both = np.concatenate([wh.T, (bh + bi)[None], wi.T])
+    return tuple(factor * both[:, k * h : (k + 1) * h] for k, factor in enumerate((0.5, 0.5, 1.0, 0.5)))
