@@ -56,7 +56,7 @@ SEEDS = (0, 1, 2)
 BASELINES = ("MSM", "linear-Gaussian")
 WARM_UP = 5
 #: trajectories from each beginning: for the choice, and for the results
-FEW_WALKERS, WALKERS = 8, 32
+FEW_WALKERS, WALKERS = 8, 16
 #: kernels at training frames at most
 KERNELS = 4000
 RELAXED, BLOCK = 200, 5
@@ -72,13 +72,18 @@ OPTIONS = LEDOptions(autoencoder_steps=500, batch=1024, propagator_steps=1000, l
 #: features, and what differs from `BASE`; 0 kernels stands for one at each training frame
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "distances": ("distances", {"decoder_kernels": 0}),
-    "distances, 4 latent": ("distances", {"decoder_kernels": 0, "latent_dim": 4}),
+    "distances, narrow kernels": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.05}),
+    "distances, narrow kernels, 4 latent": (
+        "distances",
+        {"decoder_kernels": 0, "decoder_floor": 0.05, "latent_dim": 4},
+    ),
     "Cartesian, 4 latent": ("cartesian", {"decoder_kernels": 0, "latent_dim": 4}),
 }
 #: what differs from `BASE`
 PROPAGATORS: dict[str, dict[str, Any]] = {
     "GRU 8": {},
     "GRU 16": {"hidden": 16},
+    "GRU 32": {"hidden": 32},
     "GRU 16, 3 kernels": {"hidden": 16, "kernels": 3},
     "GRU 4, 3 kernels": {"hidden": 4, "kernels": 3},
 }

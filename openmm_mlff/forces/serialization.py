@@ -8,13 +8,14 @@ was checked.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 import pickletools
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,7 @@ def stored_options(force: openmm.Force) -> set[str]:
     if not isinstance(force, (openmm.PythonForce, openmm.CustomCVForce, openmm.ATMForce)):
         return set()
     root = ET.fromstring(openmm.XmlSerializer.serialize(force))
-    found = set()
-    for element in root.iter():
-        if element.get("type") == "PythonForce":
-            ours = _our_options(_Pickle(_decode(element.get("function"))))
-            if ours is not None:
-                kind, text = ours
-                found.add(kind.normalized(text))
-    return found
+    return {kind.normalized(text) for _, kind, text in _ours_in(root)}
 
 
 def without_guards(system: openmm.System) -> openmm.System:
@@ -91,21 +85,34 @@ def without_guards(system: openmm.System) -> openmm.System:
         root = ET.fromstring(openmm.XmlSerializer.serialize(system))
     except Exception as error:
         raise ValueError(f"system: expected forces that can be copied ({error})") from error
+    for element, kind, text in _ours_in(root):
+        element.set("function", pickle.dumps(kind(_without(text, "uncertainty"))).hex())
+    return openmm.XmlSerializer.deserialize(ET.tostring(root, encoding="unicode"))
+
+
+def system_digest(system: openmm.System) -> str:
+    """sha256 of a System's XML without the places of model files: a model is known by its own checksum."""
+    root = ET.fromstring(openmm.XmlSerializer.serialize(system))
+    for element, kind, text in _ours_in(root):
+        element.set("function", f"{kind.__qualname__} {_without(kind.normalized(text), 'path')}")
+    return hashlib.sha256(ET.tostring(root)).hexdigest()
+
+
+def _ours_in(root: ET.Element) -> Iterator[tuple[ET.Element, type[ForceComputation], str]]:
+    """The elements of our computations at any depth, with class and options."""
     for element in root.iter():
         if element.get("type") == "PythonForce":
             ours = _our_options(_Pickle(_decode(element.get("function"))))
             if ours is not None:
-                kind, text = ours
-                element.set("function", pickle.dumps(kind(_unguarded(text))).hex())
-    return openmm.XmlSerializer.deserialize(ET.tostring(root, encoding="unicode"))
+                yield element, *ours
 
 
-def _unguarded(options: str) -> str:
+def _without(options: str, name: str) -> str:
+    """The options but one; embedded regions and many molecules keep those of the model one level down."""
     fields = json.loads(options)
-    # embedded regions and many molecules keep the options of the model one level down
     for part in (fields, fields.get("region"), fields.get("common")):
         if isinstance(part, dict):
-            part.pop("uncertainty", None)
+            part.pop(name, None)
     return json.dumps(fields)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from openmm_mlff.data.campaigns import check_workers, run_campaign
 from openmm_mlff.data.files import read_arrays, write_arrays
 from openmm_mlff.data.jobs import claim_folder
 from openmm_mlff.forces import running
-from openmm_mlff.forces.serialization import load_system
+from openmm_mlff.forces.serialization import load_system, system_digest
 from openmm_mlff.sampling.checkpoints import seed_for
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.platforms import choose_platform
@@ -259,10 +258,10 @@ def sample_windows(
     folder, record = Path(folder), tuple(int(i) for i in record)
     _check(system, positions, coordinates, windows, record)
     names = tuple(c.name for c in coordinates)
-    xml = openmm.XmlSerializer.serialize(biased_system(system, coordinates))
+    biased = biased_system(system, coordinates)
+    xml = openmm.XmlSerializer.serialize(biased)
     plain = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("length", "stretch")}
-    digest = hashlib.sha256(xml.encode()).hexdigest()
-    claim_folder(folder, {**plain, "coordinates": names, "record": record, "system": digest})
+    claim_folder(folder, {**plain, "coordinates": names, "record": record, "system": system_digest(biased)})
     missing = [w for w in windows if not (folder / "windows" / f"{w.name}.safetensors").exists()]
     if missing:
         _pull(xml, names, windows, settings, positions, folder, say)

@@ -25,9 +25,10 @@ from openmm_mlff.forces.serialization import (
     load_state,
     load_system,
 )
+from openmm_mlff.potentials.family import save_potential
 from openmm_spookynet import SpookyNet
 
-from .conftest import context_of, energy_of, topology_of
+from .conftest import context_of, energy_of, small_spookynet, topology_of
 
 WATER = np.array([8, 1, 1])
 WATER_POSITIONS = np.array([[0.0, 0.0, 0.0], [0.0757, 0.0586, 0.0], [-0.0757, 0.0586, 0.0]])
@@ -75,6 +76,22 @@ def options_of(system: openmm.System) -> str:
     force = next(f for f in system.getForces() if isinstance(f, openmm.PythonForce))
     (options,) = serialization.stored_options(force)
     return options
+
+
+def test_a_system_is_known_by_its_model_not_by_where_the_file_lies(model: SpookyNet, tmp_path: Path) -> None:
+    def made(name: str, potential: SpookyNet, charge: int = 0) -> openmm.System:
+        (tmp_path / name).mkdir(exist_ok=True)
+        file = save_potential(potential, tmp_path / name / "model.safetensors")
+        return MLPotential("spookynet", modelPath=str(file)).createSystem(topology_of(WATER), charge=charge)
+
+    here, moved = made("here", model), made("moved", model)
+    assert openmm.XmlSerializer.serialize(here) != openmm.XmlSerializer.serialize(moved)
+    known = serialization.system_digest(here)
+    assert known == serialization.system_digest(moved)
+    assert known != serialization.system_digest(made("other", small_spookynet(seed=2)))
+    assert known != serialization.system_digest(made("charged", model, charge=2))
+    moved.setParticleMass(0, 17.0)
+    assert known != serialization.system_digest(moved)
 
 
 # -- what is good loads -------------------------------------------------------------------------------------------

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import openmm
 import pytest
+import torch
+from openmm import app
+from openmmml import MLPotential
 
 from openmm_mlff.analysis.free_energy import thermal_energy
 from openmm_mlff.analysis.observables import dihedral
 from openmm_mlff.analysis.umbrella import Bias, Reweighted
+from openmm_mlff.potentials.family import save_potential
 from openmm_mlff.sampling.guards import RunFailed
 from openmm_mlff.sampling.umbrella import UmbrellaSettings, WindowRun, sample_windows
 from openmm_mlff.sampling.umbrella_bias import (
@@ -25,6 +29,7 @@ from openmm_mlff.sampling.umbrella_bias import (
     torsion,
 )
 from openmm_mlff.units import KJ_PER_MOL_PER_EV
+from openmm_spookynet import SpookyNet, SpookyNetConfig
 
 START = np.array([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
 #: kJ/mol as a function of r in nm: minima at 2 and 3 angstrom, 15 between them
@@ -124,6 +129,26 @@ def test_a_longer_run_goes_on_and_windows_may_be_put_between(tmp_path: Path) -> 
         sample_windows(two_wells(), START, [distance(0, 1)], changed, longer, tmp_path)
     with pytest.raises(ValueError, match="timestep"):
         sample_windows(two_wells(), START, [distance(0, 1)], ends, dataclasses.replace(short, timestep=1.0), tmp_path)
+
+
+def test_a_run_goes_on_with_its_model_file_in_another_place(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SpookyNet(SpookyNetConfig(num_features=8, num_modules=1, num_random_features=8))
+    topology = app.Topology()
+    residue = topology.addResidue("H2", topology.addChain())
+    for name in ("H1", "H2"):
+        topology.addAtom(name, app.Element.getBySymbol("H"), residue)
+    short = dataclasses.replace(SETTINGS, timestep=0.5, pull=0.01, equilibration=0.01, length=0.08, stretch=0.04)
+    window, runs = [UmbrellaWindow("r", (Bias.umbrella(1.0, 30.0),))], []
+    for place, length in (("here", 0.04), ("moved", 0.08)):
+        (tmp_path / place).mkdir()
+        file = save_potential(model, tmp_path / place / "model.safetensors")
+        system = MLPotential("spookynet", modelPath=str(file)).createSystem(topology)
+        start = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+        how = dataclasses.replace(short, length=length)
+        runs += sample_windows(system, start, [distance(0, 1)], window, how, tmp_path / "run")
+    assert [len(run.values) for run in runs] == [1, 2]
+    np.testing.assert_array_equal(runs[1].values[:1], runs[0].values)
 
 
 def test_a_window_that_breaks_is_named_and_the_others_are_done(tmp_path: Path) -> None:
