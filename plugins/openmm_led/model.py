@@ -37,8 +37,9 @@ class LED(Propagator):
     Attributes:
         config, features, autoencoder, rnns: what it is made of.
         support: of the training data. details: what the card says beside (training data, accuracy, ...).
-        confined: steps between states that exchange rarely are observed ones, taken as often as in the training data;
-            walkers between such states go on as the trajectories there did (see `support`).
+        confined: no step leads beyond the range of the training data in any latent coordinate; steps between states
+            that exchange rarely are observed ones, taken as often as in the training data; walkers between such states
+            go on as the trajectories there did (see `support`).
     """
 
     confined = True
@@ -165,18 +166,24 @@ class LED(Propagator):
 
     def _moved(self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, random: np.random.Generator) -> np.ndarray:
         later = z + stepper.draw(stepper.features(z, memory), random)
-        if self.confined and self.support is not None and self.support.confines:
-            regions = self.support.regions.region(np.concatenate([z, later]))
+        support = self.support
+        if not self.confined or support is None:
+            return later
+        beyond = support.beyond(z, later)
+        if len(beyond):
+            later[beyond] = self._redrawn(stepper, z[beyond], memory[beyond], None, random)
+        if support.confines:
+            regions = support.regions.region(np.concatenate([z, later]))
             before, after = regions[: len(z)], regions[len(z) :]
             astray = np.flatnonzero(before == 0)
             if len(astray):
-                later[astray] = self.support.continued(z[astray])
+                later[astray] = support.continued(z[astray])
             leaving = np.flatnonzero((after != before) & (before != 0))
             if len(leaving):
-                accepted = random.random(len(leaving)) < self.support.accept[before[leaving], after[leaving]]
+                accepted = random.random(len(leaving)) < support.accept[before[leaving], after[leaving]]
                 jump, refused = leaving[accepted], leaving[~accepted]
-                later[jump] = self.support.jump(before[jump], after[jump], random)
-                later[refused] = self._staying(stepper, z[refused], memory[refused], before[refused], random)
+                later[jump] = support.jump(before[jump], after[jump], random)
+                later[refused] = self._redrawn(stepper, z[refused], memory[refused], before[refused], random)
             self._add_jumps(later, before, random)
         return later
 
@@ -189,17 +196,24 @@ class LED(Propagator):
                 after = pick(np.log(self.support.extra[before[chosen]]), random)
             later[chosen] = self.support.jump(before[chosen], after, random)
 
-    def _staying(
-        self, stepper: Stepper, z: np.ndarray, memory: np.ndarray, region: np.ndarray, random: np.random.Generator
+    def _redrawn(
+        self,
+        stepper: Stepper,
+        z: np.ndarray,
+        memory: np.ndarray,
+        region: np.ndarray | None,
+        random: np.random.Generator,
     ) -> np.ndarray:
-        """A step that stays in the region where the walker is; z itself where there is none in a few trials."""
+        """A step within the limits of the data that ends in the region where the walker is (None for any); z itself
+        where there is none in a few trials."""
         assert self.support is not None
         later, left = z.copy(), np.arange(len(z))
         for _ in range(TRIALS):
             if not len(left):
                 break
             drawn = z[left] + stepper.draw(stepper.features(z[left], memory[left]), random)
-            good = self.support.regions.region(drawn) == region[left]
+            good = np.ones(len(left), bool) if region is None else self.support.regions.region(drawn) == region[left]
+            good[self.support.beyond(z[left], drawn)] = False
             later[left[good]] = drawn[good]
             left = left[~good]
         return later

@@ -6,7 +6,8 @@ may come out in the other state: the rates would be those of the mixtures' tails
 transition from hundreds of events, not from a few. So the slowest latent coordinates are cut into cells; cells with
 enough training frames that touch one another, and sparser ones at their edge, make up regions; and regions that
 exchanged often enough are one. If more than one is left, a walker leaves its region only along a transition that was
-observed, and as often as in the training data.
+observed, and as often as in the training data. With few data the steps of a propagator do not know where these end, and
+in a long run its walkers drift away from them: beyond the range of every latent coordinate no step is taken.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Support:
     pairs: np.ndarray
     accept: np.ndarray
     extra: np.ndarray
+    limits: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` needs beside distance, spread and width of the cells, by the names in the model file."""
@@ -97,14 +99,18 @@ class Support:
             "pairs": self.pairs,
             "accept": self.accept,
             "extra": self.extra,
+            "limits": self.limits,
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], distance: float, spread: float, width: float) -> Support:
         """The inverse of `arrays`; raises `KeyError` if one is missing, `ValueError` if they do not fit each other."""
         regions = Regions(width, arrays["cells"], arrays["regions"])
-        found = cls(arrays["points"], distance, spread, regions, arrays["pairs"], arrays["accept"], arrays["extra"])
-        d, between = found.points.shape[-1], (regions.count + 1,) * 2
+        d, between = arrays["points"].shape[-1], (regions.count + 1,) * 2
+        found = cls(
+            arrays["points"], distance, spread, regions, arrays["pairs"], arrays["accept"], arrays["extra"],
+            arrays.get("limits", np.full((2, d), [[-np.inf], [np.inf]])),
+        )  # fmt: skip
         expected = {
             "points": (len(found.points), d),
             "cells": (len(regions.cells), min(SLOW, d)),
@@ -112,6 +118,7 @@ class Support:
             "pairs": (len(found.pairs), 2, d),
             "accept": between,
             "extra": between,
+            "limits": (2, d),
         }
         for name, value in found.arrays().items():
             if value.shape != expected[name]:
@@ -146,6 +153,14 @@ class Support:
         outside = self.pairs[self.regions.region(self.pairs[:, 0]) == 0]
         pairs = outside if len(outside) else self.pairs
         return cKDTree(pairs[:, 0]), pairs
+
+    def beyond(self, z: np.ndarray, later: np.ndarray) -> np.ndarray:
+        """Which steps from z to later, ``(n, latent_dim)`` both, leave the limits of the data, or lead further away."""
+        low, high = self.limits
+        wrong = (later < low) | (later > high)
+        if not wrong.any():
+            return np.empty(0, np.intp)
+        return np.flatnonzero((wrong & ((later < z) == (later < low))).any(1))
 
     def continued(self, z: np.ndarray) -> np.ndarray:
         """The end of the observed transition outside of all regions whose beginning is nearest to z.
@@ -194,7 +209,8 @@ def build(train: Sequence[np.ndarray], valid: np.ndarray, *, n_points: int, seed
     ordinary = pairs[~special]
     some = ordinary[np.sort(random.choice(len(ordinary), min(len(ordinary), n_points // 4), replace=False))]
     every = np.ones((regions.count + 1,) * 2)
-    return Support(points, np.inf, np.inf, regions, np.concatenate([pairs[special], some]), every, 0 * every)
+    limits = np.stack([everything.min(0), everything.max(0)])
+    return Support(points, np.inf, np.inf, regions, np.concatenate([pairs[special], some]), every, 0 * every, limits)
 
 
 def _cut(z: np.ndarray, width: float) -> Regions:
@@ -239,9 +255,10 @@ def _states(found: Regions, train: Sequence[np.ndarray]) -> Regions:
 def calibration(observed: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`Support.accept` and `Support.extra` from counts of steps between regions, ``(n_regions + 1, n_regions + 1)``.
 
-    Steps within a region, and those of walkers outside of all, are always accepted.
+    Steps within a region, and those of walkers outside of all, are always accepted; those that were never observed
+    never, as there is no transition to follow.
     """
-    ratio = np.divide(observed, proposed, out=np.ones(observed.shape), where=proposed > 0)
+    ratio = np.divide(observed, proposed, out=(observed > 0).astype(np.float64), where=proposed > 0)
     frames = observed.sum(1, keepdims=True)
     extra = np.divide(np.maximum(observed - proposed, 0.0), frames, out=np.zeros(observed.shape), where=frames > 0)
     for values, inside in ((ratio, 1.0), (extra, 0.0)):

@@ -108,3 +108,5 @@ def test_transitions_become_as_frequent_as_observed() -> None:
     leaving = ~np.eye(3, dtype=bool)
     leaving[0] = False
     np.testing.assert_allclose((accept * proposed / frames + extra)[leaving], (observed / frames)[leaving])
+    # what was neither observed nor proposed has no transition to follow, should the propagator come up with it later
+    assert calibration(np.diag([0.0, 9.0, 9.0]), np.diag([0.0, 9.0, 9.0]))[0][1].tolist() == [0.0, 1.0, 0.0]

@@ -12,6 +12,7 @@ import torch
 
 from openmm_led import LED, Features, LEDConfig, LEDLearner, LEDOptions, Trajectories
 from openmm_led.autoencoder import Autoencoder, Scaler, Shapes, vamp2
+from openmm_led.propagator import LatentRNN
 from openmm_led.training import decorrelation_times
 from openmm_led.trajectories import check_separate
 from openmm_mlff.data import model_file
@@ -66,6 +67,45 @@ def test_generated_dynamics_jumps_as_often_as_the_data(trained: tuple[LED, Path]
     assert correlation(wells, 15) == pytest.approx(0.96**15, abs=0.12)
     expected = np.sign(np.stack(slow_and_fast(0).frames)[..., 0, 0]).mean()
     assert wells.mean() == pytest.approx(expected, abs=0.25)
+
+
+def test_walkers_of_a_poor_propagator_stay_where_the_data_are(trained: tuple[LED, Path]) -> None:
+    """Random weights: without limits, most steps lead away from the data."""
+    model, _ = trained
+    torch.manual_seed(3)
+    poor = LED(model.config, model.features, model.autoencoder, [LatentRNN(model.config)], interval=2.0)
+    assert model.support is not None
+    poor.support = model.support
+    z = np.stack([model.encode(x) for x in slow_and_fast(0).frames])
+    np.testing.assert_allclose(poor.support.limits[:, 0], [z.min(), z.max()], atol=1e-6)
+    far = {}
+    for confined in (False, True):
+        poor.confined = confined
+        path, _ = poor.run(poor.start(z[:, :20]), 500, np.random.default_rng(0))
+        far[confined] = float(((path < z.min() - 1e-6) | (path > z.max() + 1e-6)).mean())
+        assert np.abs(np.diff(path, axis=1)).mean() > 0.05
+    assert far[False] > 0.5 and far[True] == 0.0
+
+
+def test_a_walker_that_starts_beyond_the_data_may_come_back(trained: tuple[LED, Path]) -> None:
+    model, _ = trained
+    assert model.support is not None
+    low, high = model.support.limits[:, 0]
+    z, inside = np.array([[high + 1.0]] * 3), 0.5 * (low + high)
+    later = np.array([[high + 0.5], [high + 1.5], [inside]])
+    assert model.support.beyond(z, later).tolist() == [1]
+    assert model.support.beyond(np.full((2, 1), inside), np.array([[low - 0.1], [low + 0.1]])).tolist() == [0]
+    path, _ = model.run(model.start(np.full((50, 1, 1), high + 1.0)), 100, np.random.default_rng(1))
+    assert path[:, 0].max() <= high + 1.0 and (path[:, -1] <= high).mean() > 0.9
+
+
+def test_a_model_file_without_limits_confines_less(trained: tuple[LED, Path], tmp_path: Path) -> None:
+    model, _ = trained
+    tensors = {name: value for name, value in model.tensors().items() if name != "support.limits"}
+    read = load_propagator(model_file.save(tmp_path / "before.safetensors", model.card(), tensors))
+    assert isinstance(read, LED) and read.support is not None
+    assert np.isinf(read.support.limits).all()
+    assert np.isfinite(read.run(read.start(np.zeros((2, 1, 1))), 5, np.random.default_rng(0))[0]).all()
 
 
 def test_decoded_positions_have_the_distribution_of_the_data(trained: tuple[LED, Path]) -> None:
