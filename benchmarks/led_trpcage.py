@@ -13,7 +13,7 @@ part. First the forms of encoder and decoder in `CANDIDATES`, then the propagato
 divergences of what is generated from held-back replicas, in units of those of the dynamics it was trained on, and the
 ratio of slow timescales, of decoded frames or of latent coordinates, whichever is further off. The best are trained
 from three seeds on the training replicas and compared with the test replicas. Generated are, from the beginnings of the
-replicas, 32 trajectories each of their length, every frame decoded. Rows beside it: a Markov state model and a
+replicas, 16 trajectories each of their length, every frame decoded. Rows beside it: a Markov state model and a
 linear-Gaussian model of the same two slow coordinates, which give back frames of the training data, and the training
 data themselves.
 
@@ -72,22 +72,19 @@ OPTIONS = LEDOptions(autoencoder_steps=500, batch=1024, propagator_steps=1000, l
 #: features, and what differs from `BASE`; 0 kernels stands for one at each training frame
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "distances": ("distances", {"decoder_kernels": 0}),
-    "distances, narrow kernels": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.05}),
-    "distances, narrow kernels, 4 latent": (
-        "distances",
-        {"decoder_kernels": 0, "decoder_floor": 0.05, "latent_dim": 4},
-    ),
-    "Cartesian, 4 latent": ("cartesian", {"decoder_kernels": 0, "latent_dim": 4}),
+    "distances, narrow": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.05}),
+    "distances, narrow, 4 latent": ("distances", {"decoder_kernels": 0, "decoder_floor": 0.05, "latent_dim": 4}),
+    "Cartesian, 4 latent": ("cartesian", {"decoder_kernels": 0, "decoder_floor": 0.05, "latent_dim": 4}),
 }
 #: what differs from `BASE`
 PROPAGATORS: dict[str, dict[str, Any]] = {
-    "GRU 8": {},
     "GRU 16": {"hidden": 16},
     "GRU 32": {"hidden": 32},
     "GRU 16, 3 kernels": {"hidden": 16, "kernels": 3},
-    "GRU 4, 3 kernels": {"hidden": 4, "kernels": 3},
+    "GRU 32, 3 kernels": {"hidden": 32, "kernels": 3},
+    "GRU 32, 5 kernels": {"hidden": 32, "kernels": 5},
 }
-DEFAULT = "GRU 8"
+DEFAULT = "GRU 16"
 
 
 @cache
