@@ -162,7 +162,7 @@ def evaluate(model: Propagator, source: Data, seed: int, walkers: int) -> dict[s
     measured, latent = generated(model, source, seed, walkers)
     training, reference = (np.concatenate(source.measured[split]) for split in ("train", "test"))
     z = np.concatenate([model.encode(x.astype(np.float64)) for x in source.runs["test"]])
-    decoded = model.decode(z.repeat(5, axis=0), np.random.default_rng([seed, 12]))
+    decoded = model.decode(z.repeat(2, axis=0), np.random.default_rng([seed, 12]))
     return {
         "divergence": source.divergences(np.concatenate(measured), reference),
         "decoder": source.divergences(source.measure(decoded), reference),
