@@ -56,7 +56,7 @@ SEEDS = (0, 1, 2)
 BASELINES = ("MSM", "linear-Gaussian")
 WARM_UP = 5
 #: trajectories from each beginning: for the choice, and for the results
-FEW_WALKERS, WALKERS = 8, 16
+FEW_WALKERS, WALKERS = 4, 16
 #: kernels at training frames at most
 KERNELS = 4000
 RELAXED, BLOCK = 200, 5

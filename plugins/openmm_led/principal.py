@@ -23,6 +23,8 @@ from openmm_led.mixtures import Density, Sampler, pick, wrapped
 
 #: added to the variance along every principal axis, in units of the coordinates' variance
 LEAST_VARIANCE = 1e-4
+#: kernels whose weights say how far they reach
+TYPICAL = 500
 #: frames whose likelihood is found at once
 ROWS = 64
 
@@ -80,7 +82,8 @@ class Principal(Density):
                 chosen = torch.linspace(0, len(r) - 1, self.kernels).round().long()
                 self.residuals.copy_(r[chosen])
                 self.places.copy_(h[chosen])
-                self.reach.fill_(_reach(torch.cdist(self.places.double(), self.places.double()).square()))
+                some = torch.linspace(0, self.kernels - 1, min(self.kernels, TYPICAL)).round().long()
+                self.reach.fill_(_reach(torch.cdist(self.places[some].double(), self.places.double()).square()))
             self.settled.fill_(True)
 
     def _log_weights(self, h: Tensor) -> Tensor:
@@ -121,8 +124,8 @@ class Principal(Density):
 
 
 def _reach(squares: Tensor) -> float:
-    """The width s at which exp(-squares / 2 s^2) ``(k, k)`` has a median perplexity of sqrt(k) per row."""
-    wanted = 0.5 * math.log(len(squares))
+    """The width s at which exp(-squares / 2 s^2) ``(n, k)`` has a median perplexity of sqrt(k) per row."""
+    wanted = 0.5 * math.log(squares.shape[1])
     low, high = -12.0, 6.0
     for _ in range(60):
         middle = 0.5 * (low + high)
