@@ -154,6 +154,17 @@ def test_pick_follows_the_weights_and_softplus_does_not_overflow() -> None:
     np.testing.assert_allclose(softplus(np.array([-800.0, 0.0, 800.0])), [0.0, math.log(2.0), 800.0])
 
 
+@pytest.mark.parametrize("least", [0.0, 0.2])
+def test_picks_of_many_rows_are_those_of_one_after_another(least: float) -> None:
+    logits = np.random.default_rng(1).normal(scale=3.0, size=(200, 7)).astype(np.float32)
+    before = logits.copy()
+    many = pick(logits, np.random.default_rng(0), least)
+    # with a middle axis numpy goes row by row
+    np.testing.assert_array_equal(many, pick(logits[:, None], np.random.default_rng(0), least)[:, 0])
+    np.testing.assert_array_equal(logits, before)
+    assert len(np.unique(many)) == 7
+
+
 def autoregressive() -> Autoregressive:
     period = torch.tensor([4.0, math.inf, 7.0, math.inf])
     density = Autoregressive(4, period, np.array([True, False, True, False]), kernels=4, floor=0.05)

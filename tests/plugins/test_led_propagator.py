@@ -9,7 +9,7 @@ import torch
 from openmm_led import LED, Features
 from openmm_led.autoencoder import Autoencoder, Shapes
 from openmm_led.config import LEDConfig
-from openmm_led.propagator import LatentRNN, PropagatorMethod, StatefulRNN, Stepper
+from openmm_led.propagator import ROWS, LatentRNN, PropagatorMethod, StatefulRNN, Stepper
 
 
 def network(cell: str, layers: int = 1, seed: int = 0) -> LatentRNN:
@@ -35,6 +35,18 @@ def test_numpy_memory_is_that_of_torch(cell: str, layers: int) -> None:
     found = stepper.features(z[:, -1].numpy(), memory)
     np.testing.assert_allclose(found, features, atol=2e-6)
     np.testing.assert_allclose(stepper.mean(found), mean, atol=2e-6)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_many_walkers_remember_what_each_would_alone(cell: str) -> None:
+    stepper, random = Stepper(network(cell, layers=2)), np.random.default_rng(0)
+    n = 2 * ROWS + 3
+    z, memory = random.standard_normal((n, 2)), random.standard_normal(stepper.blank(n).shape).astype(np.float32)
+    kept = memory.copy()
+    after = stepper.remember(z, memory)
+    for k in (0, ROWS - 1, ROWS, n - 1):
+        np.testing.assert_allclose(after[k], stepper.remember(z[k : k + 1], memory[k : k + 1])[0], atol=1e-6)
+    np.testing.assert_array_equal(memory, kept)
 
 
 def test_a_step_adds_a_sample_of_the_mixture_to_where_the_walker_is() -> None:
