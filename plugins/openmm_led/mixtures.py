@@ -205,7 +205,7 @@ def pick(logits: np.ndarray, random: np.random.Generator, least: float = 0.0) ->
     Weights below `least` times the largest one are left out.
     """
     if logits.ndim == 2 and len(logits) > FEW and logits.shape[1] <= NARROW:
-        return _pick_columns(np.ascontiguousarray(logits.T), random, least)
+        return _pick_columns(logits.T.copy(), random, least)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     if least:
         p[p < least] = 0.0
