@@ -397,7 +397,7 @@ def main() -> None:
     print("timescales of dynamics, ps:", json.dumps(times))
     outcome = verdict(rows, level, times)
     print(json.dumps(outcome["LED"], indent=1))
-    shown, _ = generated(load_propagator(folder / f"led_{SEEDS[0]}.safetensors"), source, SEEDS[0], WALKERS)
+    shown, _ = generated(load_propagator(folder / f"led_{SEEDS[0]}.safetensors"), source, SEEDS[0], FEW_WALKERS)
     title = f"Trp-cage, native basin, 300 K: {amount['train']:.1f} ns of training, {amount['test']:.1f} ns of test data"
     picture(source, np.concatenate(shown), level, [*rows, training], title)
     mapped = back_mapping(folder, where, -(-arguments.frames // BLOCK), arguments.processes)
