@@ -11,7 +11,8 @@ Settings are chosen once, by cross-validation over the training and validation r
 of them; of fewer frames, to save time, with --choice-frames), and kept in ``choice.json``; the test replicas take no
 part. First the forms of encoder and decoder in `CANDIDATES`, then the propagators in `PROPAGATORS`, by `score`:
 divergences of what is generated from held-back replicas, in units of those of the dynamics it was trained on, and the
-ratio of slow timescales, of decoded frames or of latent coordinates, whichever is further off. The best are trained
+ratio of slow timescales, of decoded frames or of latent coordinates, whichever is further off, to that of all replicas
+but the test's. The best are trained
 from three seeds on the training replicas and compared with the test replicas. Generated are, from the beginnings of the
 replicas, 16 trajectories each of their length, every frame decoded. Rows beside it: a Markov state model and a
 linear-Gaussian model of the same two slow coordinates, which give back frames of the training data, and the training
@@ -266,15 +267,24 @@ def compared(
         for k, (name, (candidate, propagator)) in enumerate(candidates.items()) for fold in range(FOLDS)
     }  # fmt: skip
     rows = execute(tasks, run, folder, title, processes)
+    for row in rows:
+        row["md_timescale_ps"] = timescale_of_all(*row["data"])
     found = [score([row for row in rows if row["name"] == name]) for name in candidates]
     return sorted(found, key=lambda row: row["score"])
 
 
+@cache
+def timescale_of_all(folder: str, frames: int, fold: int) -> dict[str, float | None]:
+    """Slowest timescale (ps) of all replicas in a fold, in its slow coordinates."""
+    source = data(folder, frames, fold)
+    return timescale([x[:, 4:] for runs in source.measured.values() for x in runs], 2)
+
+
 def score(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean divergence in units of that of the dynamics trained on, plus the larger |ln| of the ratios of timescales, of
-    decoded frames and of latent coordinates, to that of dynamics (geometric means over the folds). They are about one
-    and zero for a model that knows what its data say. Latent coordinates that are caught somewhere look sound in
-    decoded frames, whose noise hides it.
+    decoded frames and of latent coordinates, to that of all dynamics in the folds (geometric means over these). They
+    are about one and zero for a model that knows what its data say. Latent coordinates that are caught somewhere look
+    sound in decoded frames, whose noise hides it; the few replicas held back do not tell the timescale.
     """
     mean = {
         name: float(np.mean([list(row[name].values()) for row in folds]))
