@@ -12,11 +12,10 @@ of them; of fewer frames, to save time, with --choice-frames), and kept in ``cho
 part. First the forms of encoder and decoder in `CANDIDATES`, then the propagators in `PROPAGATORS`, by `score`:
 divergences of what is generated from held-back replicas, in units of those of the dynamics it was trained on, and the
 ratio of slow timescales, of decoded frames or of latent coordinates, whichever is further off, to that of all replicas
-but the test's. The best are trained
-from three seeds on the training replicas and compared with the test replicas. Generated are, from the beginnings of the
-replicas, 16 trajectories each of their length, every frame decoded. Rows beside it: a Markov state model and a
-linear-Gaussian model of the same two slow coordinates, which give back frames of the training data, and the training
-data themselves.
+but the test's. The best are trained from three seeds on the training replicas and compared with the test replicas.
+Generated are, from the beginnings of the replicas, 16 trajectories each of their length, every frame decoded. Rows
+beside it: a Markov state model and a linear-Gaussian model of the same two slow coordinates, which give back frames of
+the training data, and the training data themselves.
 
 Measures: RMSD from the experimental structure (CA, heavy atoms), radius of gyration, end-to-end distance, and the two
 slowest coordinates (TICA of distances between CA, fitted to training replicas); Jensen-Shannon divergence (25 bins)
