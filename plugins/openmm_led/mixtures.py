@@ -140,6 +140,7 @@ class JointSampler:
             for j in range(k)
         ]  # fmt: skip
         self._own = [(np.ascontiguousarray(weight[rows].T), bias[rows]) for rows in own]
+        self._matrices, self._offsets = (np.stack(part) for part in zip(*self._own, strict=True))
         self._lower = [(i, j) for i in range(d) for j in range(i)]
         self._inverse = None
         if mixture.coupling == "constant" and d > 1:
@@ -152,15 +153,18 @@ class JointSampler:
         if len(h) == 1:
             weight, bias = self._own[kernel[0]]
             return self._placed(h @ weight + bias, e, kernel)
+        if len(h) <= FEW:
+            raw = np.matmul(h[:, None], self._matrices[kernel])[:, 0] + self._offsets[kernel]
+            return self._placed(raw, e, kernel)
         # walkers with the same kernel next to each other, so that each kernel's matrix is applied once
         order = np.argsort(kernel.astype(np.int16), kind="stable")
         h, kernel = h[order], kernel[order]
         raw = np.empty((len(h), 2 * self.n_out + self.n_low), h.dtype)
         ends = np.searchsorted(kernel, np.arange(self.kernels + 1)).tolist()
-        for (weight, bias), first, last in zip(self._own, ends[:-1], ends[1:], strict=True):
+        for (weight, _), first, last in zip(self._own, ends[:-1], ends[1:], strict=True):
             if last > first:
                 np.matmul(h[first:last], weight, out=raw[first:last])
-                raw[first:last] += bias
+        raw += self._offsets[kernel]
         out = np.empty_like(e)
         out[order] = self._placed(raw, e[order], kernel)
         return out

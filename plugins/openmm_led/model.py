@@ -169,22 +169,26 @@ class LED(Propagator):
         support = self.support
         if not self.confined or support is None:
             return later
-        beyond = support.beyond(z, later)
-        if len(beyond):
-            later[beyond] = self._redrawn(stepper, z[beyond], memory[beyond], None, random)
+        refused, region = support.beyond(z, later), None
         if support.confines:
             regions = support.regions.region(np.concatenate([z, later]))
-            before, after = regions[: len(z)], regions[len(z) :]
-            astray = np.flatnonzero(before == 0)
+            region, after = regions[: len(z)], regions[len(z) :]
+            leaving = (after != region) & (region != 0)
+            leaving[refused] = False
+            leaving = np.flatnonzero(leaving)
+            if len(leaving):
+                accepted = random.random(len(leaving)) < support.accept[region[leaving], after[leaving]]
+                jump = leaving[accepted]
+                later[jump] = support.jump(region[jump], after[jump], random)
+                refused = np.concatenate([refused, leaving[~accepted]])
+        if len(refused):
+            there = None if region is None else region[refused]
+            later[refused] = self._redrawn(stepper, z[refused], memory[refused], there, random)
+        if region is not None:
+            astray = np.flatnonzero(region == 0)
             if len(astray):
                 later[astray] = support.continued(z[astray])
-            leaving = np.flatnonzero((after != before) & (before != 0))
-            if len(leaving):
-                accepted = random.random(len(leaving)) < support.accept[before[leaving], after[leaving]]
-                jump, refused = leaving[accepted], leaving[~accepted]
-                later[jump] = support.jump(before[jump], after[jump], random)
-                later[refused] = self._redrawn(stepper, z[refused], memory[refused], before[refused], random)
-            self._add_jumps(later, before, random)
+            self._add_jumps(later, region, random)
         return later
 
     def _add_jumps(self, later: np.ndarray, before: np.ndarray, random: np.random.Generator) -> None:
@@ -207,11 +211,11 @@ class LED(Propagator):
         """A step within the limits of the data that ends in the region where the walker is (None for any); z itself
         where there is none in a few trials."""
         assert self.support is not None
-        later, left = z.copy(), np.arange(len(z))
+        later, left, features = z.copy(), np.arange(len(z)), stepper.features(z, memory)
         for _ in range(TRIALS):
             if not len(left):
                 break
-            drawn = z[left] + stepper.draw(stepper.features(z[left], memory[left]), random)
+            drawn = z[left] + stepper.draw(features[left], random)
             good = np.ones(len(left), bool) if region is None else self.support.regions.region(drawn) == region[left]
             good[self.support.beyond(z[left], drawn)] = False
             later[left[good]] = drawn[good]

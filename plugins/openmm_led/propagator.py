@@ -158,7 +158,7 @@ def _validation_block(valid: Sequence[np.ndarray], frames: int = 60_000, longest
 
 
 #: walkers that go through a step together: what they need in between stays in the processor's cache
-ROWS = 256
+ROWS = 512
 
 
 class Stepper:

@@ -157,10 +157,13 @@ class Support:
     def beyond(self, z: np.ndarray, later: np.ndarray) -> np.ndarray:
         """Which steps from z to later, ``(n, latent_dim)`` both, leave the limits of the data, or lead further away."""
         low, high = self.limits
-        wrong = (later < low) | (later > high)
-        if not wrong.any():
+        below, above = later < low, later > high
+        below |= above
+        if not below.any():
             return np.empty(0, np.intp)
-        return np.flatnonzero((wrong & ((later < z) == (later < low))).any(1))
+        found = np.flatnonzero(below.any(1))
+        z, later = z[found], later[found]
+        return found[(((later < low) & (later < z)) | ((later > high) & (later > z))).any(1)]
 
     def continued(self, z: np.ndarray) -> np.ndarray:
         """The end of the observed transition outside of all regions whose beginning is nearest to z.
