@@ -64,6 +64,14 @@ class Data:
         shares = {"train": rest[len(self.runs["valid"]) :], "valid": rest[: len(self.runs["valid"])], "test": held}
         return Data({s: [replicas[i] for i in sorted(share)] for s, share in shares.items()})
 
+    def shared_anew(self, k: int) -> Data:
+        """All replicas, the test's too, shared out at random into splits as large as they are."""
+        replicas = [x for split in SPLITS for x in self.runs[split]]
+        order, ends = np.random.default_rng([k, 1]).permutation(len(replicas)).tolist(), {}
+        for split in SPLITS:
+            ends[split], order = sorted(order[: len(self.runs[split])]), order[len(self.runs[split]) :]
+        return Data({split: [replicas[i] for i in chosen] for split, chosen in ends.items()})
+
     def trajectories(self, split: str) -> Trajectories:
         names = tuple(f"{split} {k}" for k in range(len(self.runs[split])))
         return Trajectories(tuple(self.runs[split]), INTERVAL, names)
