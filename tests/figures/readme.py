@@ -7,6 +7,7 @@ from itertools import chain
 
 from .common import NUMBERS, Read, power, rounded, within
 from .gdml import agreement
+from .led import splits_that_meet_all
 from .resolv import largest_difference
 
 
@@ -165,8 +166,10 @@ def led(read: Read) -> Iterator[str]:
     alone, decoded = (rows[name]["over"]["MD, native OBC2"] for name in ("LED, 1 walker", "LED, 1 walker, decoded"))
     yield f"advances {alone:.0f} times as fast as MD with the native GB force"
     yield f"{decoded:.0f} times with every frame decoded"
-    trpcage = read("led_trpcage")["verdict"]["LED"]
-    assert all(trpcage["timescale_inside"]["timescale_ps"])
-    within = trpcage["within_twice_the_floor"]
-    assert [name for name in within if not within[name]] == ["radius of gyration"]
-    yield f"{NUMBERS[sum(within.values())]} of {NUMBERS[len(within)]} distributions of Trp-cage's native basin"
+    trpcage = read("led_trpcage")
+    verdict = trpcage["verdict"]["LED"]
+    assert all(verdict["timescale_inside"]["timescale_ps"])
+    within = verdict["within_twice_the_floor"]
+    yield f"{NUMBERS[sum(within.values())]} of {NUMBERS[len(within)]} distributions are within twice"
+    met = splits_that_meet_all(trpcage)
+    yield f"with other runs as the test all six are, in {NUMBERS[sum(met)]} cases of {NUMBERS[len(met)]}"
