@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -201,9 +202,19 @@ def limit_threads(threads: int = 1) -> None:
 
 
 def prepare_worker() -> None:
-    """One thread; Ctrl-C is the parent's business."""
+    """One thread; Ctrl-C is the parent's business, and without the parent there is none."""
     limit_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers; left to themselves they would go on writing into a folder that
+    its next run has taken over. Files are written whole, so that nothing is half done."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class ProgressBar:

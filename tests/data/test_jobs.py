@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +106,48 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
 def test_no_processes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="processes: expected at least 1, got 0"):
         run_tasks(TASKS, Worker(), tmp_path, log=tmp_path / "log", processes=0)
+
+
+#: tasks that tell their process, and wait
+LINGERING = """
+import os, sys, time
+from pathlib import Path
+from openmm_mlff.data.jobs import run_tasks
+
+def linger(argument, path):
+    path.with_suffix(".pid").write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(300)
+    return {}
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    run_tasks({"a": 1, "b": 2}, linger, folder, log=folder / "log", processes=2, progress=False)
+"""
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LINGERING, encoding="utf-8")
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+    deadline = time.monotonic() + 60.0
+
+    def waited_for(condition: Callable[[], bool]) -> bool:
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return condition()
+
+    files = [tmp_path / f"{name}.pid" for name in ("a", "b")]
+    assert waited_for(lambda: all(f.exists() and f.read_text(encoding="utf-8") for f in files))
+    workers = [int(f.read_text(encoding="utf-8")) for f in files]
+    assert all(alive(w) for w in workers)
+    parent.kill()
+    parent.wait()
+    assert waited_for(lambda: not any(alive(w) for w in workers))
