@@ -385,8 +385,8 @@ def compare(folder: Path, where: tuple[str, int], choice: dict[str, Any], proces
 def other_splits(
     folder: Path, where: tuple[str, int], choice: dict[str, Any], processes: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One seed of LED for each of `OTHER_SPLITS` other ways to share out all replicas; and what a mean over them is,
-    in units of twice the floor of each: one pair of a training and a test set may differ by more than most do."""
+    """One seed of LED for each of `OTHER_SPLITS` other ways to share out all replicas, because one pair of a training
+    and a test set may differ by more than most do; and the divergences of each in units of twice its floor."""
     common = {"name": "LED", "candidate": choice["decoder"], "propagator": choice["propagator"], "seed": SEEDS[0]}
     tasks = {f"split_{k}": common | {"data": [*where, None, k], "walkers": WALKERS // 2, "floor": True}
              for k in range(OTHER_SPLITS)}  # fmt: skip

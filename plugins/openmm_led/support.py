@@ -7,7 +7,7 @@ transition from hundreds of events, not from a few. So the slowest latent coordi
 enough training frames that touch one another, and sparser ones at their edge, make up regions; and regions that
 exchanged often enough are one. If more than one is left, a walker leaves its region only along a transition that was
 observed, and as often as in the training data. With few data the steps of a propagator do not know where these end, and
-in a long run its walkers drift away from them: beyond the range of every latent coordinate no step is taken.
+in a long run its walkers drift away from them: no step leads beyond the range of the data in any latent coordinate.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Support:
             to another (0 is the space outside): how many there are in the training data, over how many the propagator
             would make in the same places, at most 1. extra: likewise, the probability per step of a transition that the
             propagator does not propose often enough.
+        limits: ``(2, latent_dim)``, lowest and highest latent coordinates of the training data; infinite in models of
+            before, which did not keep them.
     """
 
     points: np.ndarray
@@ -104,7 +106,10 @@ class Support:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], distance: float, spread: float, width: float) -> Support:
-        """The inverse of `arrays`; raises `KeyError` if one is missing, `ValueError` if they do not fit each other."""
+        """The inverse of `arrays`; `limits` may be missing, in models of before.
+
+        Raises `KeyError` if another is missing, `ValueError` if they do not fit each other.
+        """
         regions = Regions(width, arrays["cells"], arrays["regions"])
         d, between = arrays["points"].shape[-1], (regions.count + 1,) * 2
         found = cls(
@@ -155,13 +160,13 @@ class Support:
         return cKDTree(pairs[:, 0]), pairs
 
     def beyond(self, z: np.ndarray, later: np.ndarray) -> np.ndarray:
-        """Which steps from z to later, ``(n, latent_dim)`` both, leave the limits of the data, or lead further away."""
+        """Indices of the steps from z to later, ``(n, latent_dim)`` both, that leave `limits` or lead further away."""
         low, high = self.limits
-        below, above = later < low, later > high
-        below |= above
-        if not below.any():
+        outside = later < low
+        outside |= later > high
+        if not outside.any():
             return np.empty(0, np.intp)
-        found = np.flatnonzero(below.any(1))
+        found = np.flatnonzero(outside.any(1))
         z, later = z[found], later[found]
         return found[(((later < low) & (later < z)) | ((later > high) & (later > z))).any(1)]
 
