@@ -42,7 +42,7 @@ LAGS = (1, 2, 5, 10)
 WARM_UP = 20
 WALKERS, LENGTH = 40, 5000
 RELEASES, RELEASE_LENGTH = 200, 8000
-CONFIG = LEDConfig(latent_dim=5, vamp_weight=0.3, kernels=16, hidden=48)
+CONFIG = LEDConfig(latent_dim=5, vamp_weight=0.3, kernels=16, hidden=48, calibrate=True)
 OPTIONS = LEDOptions(autoencoder_steps=6000, propagator_steps=8000)
 SEEDS = (0, 1, 2)
 

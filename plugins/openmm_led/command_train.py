@@ -179,7 +179,7 @@ def _like(name: str, default: Any, value: Any) -> Any:
         return float(value)
     if type(value) is type(default):
         return value
-    kind = {int: "a whole number", float: "a number", str: "a word"}[type(default)]
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[type(default)]
     raise ValueError(f"{name}: expected {kind}, got {value!r}")
 
 

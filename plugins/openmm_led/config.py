@@ -36,6 +36,8 @@ class LEDConfig:
             spread of the residuals.
         decoder_draws: for each decoded frame; the one is taken whose own latent coordinates are nearest to z. The
             latent state is a function of the positions, which mixtures know only as well as they were learned.
+        calibrate: give each decoded coordinate off circles the mean and the standard deviation that it has in the
+            training data. Coordinates drawn in turn depend on drawn ones instead of true ones, which widens some.
         cell: "lstm" or "gru". hidden: width of the recurrent layer and of the mixture's trunk. layers: recurrent.
         kernels: of the mixture for the next latent state. floor: least width, in standard deviations of the latent.
         members: propagators trained from different seeds; each step follows one of them, their spread shows doubt.
@@ -51,6 +53,7 @@ class LEDConfig:
     decoder_kernels: int = 8
     decoder_floor: float = 0.05
     decoder_draws: int = 1
+    calibrate: bool = False
     cell: str = "gru"
     hidden: int = 32
     layers: int = 1

@@ -36,7 +36,9 @@ class LED(Propagator):
 
     Attributes:
         config, features, autoencoder, rnns: what it is made of.
-        support: of the training data. details: what the card says beside (training data, accuracy, ...).
+        support: of the training data. moments: ``(2, n_coordinates)``, offset and factor that `LEDConfig.calibrate`
+            puts drawn coordinates right with, or None.
+        details: what the card says beside (training data, accuracy, ...).
         confined: no step leads beyond the range of the training data in any latent coordinate; steps between states
             that exchange rarely are observed ones, taken as often as in the training data; walkers between such states
             go on as the trajectories there did (see `support`).
@@ -54,6 +56,7 @@ class LED(Propagator):
         interval: float,
         temperature: float | None = None,
         support: Support | None = None,
+        moments: np.ndarray | None = None,
         details: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.features = config, features
@@ -61,7 +64,7 @@ class LED(Propagator):
         self.rnns = [rnn.eval().requires_grad_(False) for rnn in rnns]
         self.latent_dim, self.n_atoms = config.latent_dim, features.n_atoms
         self.interval, self.temperature = float(interval), temperature
-        self.support, self.details = support, dict(details or {})
+        self.support, self.moments, self.details = support, moments, dict(details or {})
         self._steppers = [Stepper(rnn) for rnn in self.rnns]
         self._trunk = _numpy_layers(autoencoder)
         self._draw: Sampler = autoencoder.density.sampler()
@@ -107,7 +110,10 @@ class LED(Propagator):
         return best
 
     def _drawn(self, h: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        return np.clip(self.autoencoder.scaler.back(self._draw(h, random)), *self._range)
+        x = self.autoencoder.scaler.back(self._draw(h, random))
+        if self.moments is not None:
+            x = self.moments[0] + self.moments[1] * x
+        return np.clip(x, *self._range)
 
     def _astray(self, coordinates: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Distance ``(n,)`` of the coordinates' own latent state from the one they were decoded from."""
@@ -271,6 +277,8 @@ class LED(Propagator):
             found |= {f"rnn_{i}.{k}": v for k, v in rnn.state_dict().items()}
         if self.support is not None:
             found |= {f"support.{name}": torch.as_tensor(value) for name, value in self.support.arrays().items()}
+        if self.moments is not None:
+            found["moments"] = torch.as_tensor(self.moments)
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -294,6 +302,7 @@ class LED(Propagator):
             return cls(
                 config, features, autoencoder, rnns, interval=stored["interval"], temperature=stored["temperature"],
                 support=_read_support(stored.get("support"), tensors, config.latent_dim),
+                moments=_read_moments(config, features, tensors),
                 details={k: card[k] for k in model_file.CARD_FIELDS if k in card},
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -315,6 +324,16 @@ def _read_support(
     if support.points.shape[1] != latent_dim:
         raise ValueError(f"support.points: expected {latent_dim} columns, got {support.points.shape[1]}")
     return support
+
+
+def _read_moments(config: LEDConfig, features: Features, tensors: dict[str, torch.Tensor]) -> np.ndarray | None:
+    """Those of a model file with `LEDConfig.calibrate`."""
+    if not config.calibrate:
+        return None
+    moments = tensors["moments"].numpy()
+    if moments.shape != (2, len(features.kinds)):
+        raise ValueError(f"moments: expected shape (2, {len(features.kinds)}), got {moments.shape}")
+    return moments
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -30,6 +30,8 @@ from openmm_mlff.training.loop_options import LoopOptions
 SUPPORT_POINTS = 20_000
 #: steps that the propagator proposes from each training frame to find how often it leaves a region
 DRAWS = 5
+#: training frames from which means and widths of decoded coordinates are found: widths to half a percent
+MOMENT_FRAMES = 20_000
 #: training frames below which there is nothing to learn from: not even covariances of the encoder's inputs are known
 LEAST_FRAMES = 100
 #: between the seeds of restarts
@@ -112,6 +114,8 @@ class LEDLearner:
             details={"training_data": about, "training": settings["options"], **(details or {})},
         )  # fmt: skip
         model.support = _support(model, z, self.options.seed)
+        if self.config.calibrate:
+            model.moments = _moments(model, np.concatenate(z["train"]), sets["train"].coordinates, self.options.seed)
         return model
 
     def _check(self, train: Trajectories, valid: Trajectories) -> None:
@@ -246,6 +250,16 @@ def _latent(model: Autoencoder, data: _Encoded) -> list[np.ndarray]:
         blocks = torch.as_tensor(data.inputs).split(BATCH)
         z = torch.cat([model.encode(block) for block in blocks]).numpy()
     return data.split(z)
+
+
+def _moments(model: LED, z: np.ndarray, coordinates: np.ndarray, seed: int) -> np.ndarray:
+    """Offset and factor ``(2, n_coordinates)`` between coordinates drawn for latent states of the training data and
+    their own; 0 and 1 on circles, whose range is not a line, and for those that do not vary."""
+    spaced = np.linspace(0, len(z) - 1, min(len(z), MOMENT_FRAMES)).astype(int)
+    drawn = model.decode_coordinates(z[spaced], np.random.default_rng([seed, 4]))
+    straight = ~np.asarray(model.features.periodic) & (coordinates.std(0) > 0) & (drawn.std(0) > 0)
+    factor = np.divide(coordinates.std(0), drawn.std(0), out=np.ones(len(straight)), where=straight)
+    return np.stack([np.where(straight, coordinates.mean(0) - factor * drawn.mean(0), 0.0), factor])
 
 
 def _support(model: LED, z: dict[str, list[np.ndarray]], seed: int) -> Support:

@@ -274,6 +274,7 @@ def test_settings_by_name() -> None:
     for text, message in (
         ("hiden=3", "did you mean 'hidden'"),
         ("hidden=few", "hidden: expected a whole number, got 'few'"),
+        ("calibrate=1", "calibrate: expected true or false, got 1"),
         ("hidden", "expected NAME=VALUE"),
         ("model.hidden=3", "without a dot"),
         ("decoder=flow", "decoder: expected one of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -327,3 +328,24 @@ def test_decoded_coordinates_stay_within_the_range_of_the_data(trained: tuple[LE
     far = model.decode(np.linspace(-60.0, 60.0, 4000)[:, None], np.random.default_rng(0))[:, 0]
     for k in (0, 1):
         assert far[:, k].min() >= data[:, k].min() - 1e-6 and far[:, k].max() <= data[:, k].max() + 1e-6
+
+
+def test_calibrated_coordinates_have_the_mean_and_width_of_the_data(tmp_path: Path) -> None:
+    """A decoder that has hardly been trained is off in both."""
+    options = dataclasses.replace(QUICK, autoencoder_steps=20, propagator_steps=5)
+    config = dataclasses.replace(SMALL, calibrate=True)
+    data = slow_and_fast(0)
+    model = LEDLearner(Features.raw(2), config, options).fit(data, slow_and_fast(1), tmp_path / "run", progress=False)
+    held = np.concatenate(slow_and_fast(2).frames)
+    read = load_propagator(model.save(tmp_path / "led.safetensors"))
+    assert isinstance(read, LED)
+    decoded = read.decode(read.encode(held), np.random.default_rng(0))[:, 0, :2]
+    np.testing.assert_allclose(decoded.mean(0), held[:, 0, :2].mean(0), atol=0.05)
+    np.testing.assert_allclose(decoded.std(0), held[:, 0, :2].std(0), rtol=0.04)
+    read.moments = None
+    before = read.decode(read.encode(held), np.random.default_rng(0))[:, 0, :2]
+    assert np.abs(before.std(0) / held[:, 0, :2].std(0) - 1.0).max() > 0.1
+    damaged = model.tensors() | {"moments": torch.zeros(2, 3)}
+    path = model_file.save(tmp_path / "damaged.safetensors", model.card(), damaged)
+    with pytest.raises(ValueError, match=r"moments: expected shape \(2, 2\), got \(2, 3\)"):
+        load_propagator(path)
