@@ -9,7 +9,8 @@ releases at phi > 0. Rows beside it: a Markov state model and a linear-Gaussian 
 Measures: population of alphaR; slowest implied timescale on a grid of 12 degrees in (phi, psi) at several lags, within
 phi < 0; Jensen-Shannon divergence of the Ramachandran maps (36 x 36) against the test replicas, beside the floor (two
 sets of molecular dynamics as long as the equilibrium part of the training data, extrapolated as 1 / length); geometry
-of the decoded frames; mean time at phi > 0 and until an entry there, by maximum likelihood.
+of the decoded frames, and of such without the calibration of their coordinates; mean time at phi > 0 and until an
+entry there, by maximum likelihood.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from copy import copy
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -91,7 +93,8 @@ def exchange(free: list[np.ndarray], releases: list[np.ndarray]) -> dict[str, An
 
 
 def geometry(positions: np.ndarray, features: Features) -> dict[str, Any]:
-    """Angle N-CA-CB, inverted centres, and bonds beyond 4 and 6 standard deviations of the training data's."""
+    """Angle N-CA-CB, inverted centres, bonds beyond 4 and 6 standard deviations of the training data's, and the largest
+    standard deviation of one in units of these."""
     topology = topology_of("ala2")
     names = {(a.residue.name, a.name): a.index for a in topology.atoms()}
     n, ca, cb = (names["ALA", name] for name in ("N", "CA", "CB"))
@@ -100,7 +103,8 @@ def geometry(positions: np.ndarray, features: Features) -> dict[str, Any]:
     angle = np.degrees(np.arccos(cosine))
     pairs = [(x.index, y.index) for x, y in topology.bonds() if "H" not in (x.element.symbol, y.element.symbol)]
     mean, sd = bond_statistics(tuple(pairs))
-    off = np.abs(bond_lengths(positions, pairs) - mean) / sd
+    lengths = bond_lengths(positions, pairs)
+    off = np.abs(lengths - mean) / sd
     signs = np.sign(features.chirality(runs("train")[0][:1].astype(np.float64)))[0]
     return {
         "frames": len(positions),
@@ -110,6 +114,7 @@ def geometry(positions: np.ndarray, features: Features) -> dict[str, Any]:
         "bonds_beyond_4_sd": float((off > 4).mean()),
         "bonds_beyond_6_sd": int((off > 6).sum()),
         "largest_deviation_sd": float(off.max()),
+        "widest_bond_sd_over_training": float((lengths.std(0) / sd).max()),
     }
 
 
@@ -168,6 +173,11 @@ def evaluate(model: Propagator, features: Features, split: str, seed: int, keep:
     found = kinetics(free, reference)
     found["geometry"] = geometry(np.concatenate([x[::10] for x in positions]), features)
     found["step_us"] = 1e6 * seconds / LENGTH
+    if isinstance(model, LED):
+        plain = copy(model)
+        plain.moments = None
+        other = np.random.default_rng([seed, 12])
+        found["uncalibrated"] = geometry(np.concatenate([plain.decode(z[::10], other) for z in path]), features)
     path, _ = model.run(model.start(beginnings(model, split, "swarm", RELEASES)), RELEASE_LENGTH, random)
     released = [torsions([model.decode(z, random)])[0] for z in path]
     found["exchange_ps"] = exchange(free, released)
