@@ -31,6 +31,8 @@ BINS = 25
 FOLDS = 3
 MEASURES = ("RMSD of CA", "RMSD of heavy atoms", "radius of gyration", "end to end", "TICA 1", "TICA 2")
 UNITS = ("nm", "nm", "nm", "nm", "", "")
+#: of the bars; LED and dynamics as in the distributions above them
+COLOURS = {"LED": "tab:red", "MSM": "tab:blue", "linear-Gaussian": "tab:orange", "MD, training": "0.55"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def picture(data: Data, generated: np.ndarray, level: dict[str, Any], rows: list
         values = np.array([list(row["divergence"].values()) for row in rows if row["name"] == name])
         at = np.arange(len(MEASURES)) + (j - 0.5 * (len(names) - 1)) * width
         spread = values.std(0, ddof=1) if len(values) > 1 else None
-        axis.bar(at, values.mean(0), width, yerr=spread, label=name, error_kw={"linewidth": 1})
+        axis.bar(at, values.mean(0), width, yerr=spread, label=name, color=COLOURS[name], error_kw={"linewidth": 1})
     for k, name in enumerate(MEASURES):
         label = "twice the floor" if k == 0 else None
         axis.hlines(2 * level[name]["train"], k - 0.45, k + 0.45, color="black", linewidth=1.5, label=label)
