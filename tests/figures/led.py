@@ -194,7 +194,7 @@ def trpcage(read: Read) -> Iterator[str]:
 
 
 def long_runs(found: dict[str, Any]) -> Iterator[str]:
-    """The same of few runs."""
+    """What `led_trpcage.py` found with few long runs."""
     led, runs = found["verdict"]["LED"], sum(found["runs"].values())
     assert [name for name, met in led["within_twice_the_floor"].items() if not met] == ["radius of gyration", "TICA 2"]
     missed, bounds = zip(
@@ -203,6 +203,8 @@ def long_runs(found: dict[str, Any]) -> Iterator[str]:
     )
     yield f"As much MD in {runs} runs of {found['picoseconds_of_each']:.0f} ps"
     yield f"({' and '.join(f'{x:.3f}' for x in missed)} nats, the bounds {' and '.join(f'{x:.3f}' for x in bounds)})"
+    own = found["training_data"]["divergence"]["radius of gyration"]
+    yield f"the radius of gyration of the training runs themselves was {own:.3f} from that of the test runs"
 
 
 def word(n: int) -> str:

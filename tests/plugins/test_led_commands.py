@@ -268,7 +268,9 @@ def test_times_that_a_file_does_not_tell_must_be_given(trained: Path) -> None:
 
 
 def test_settings_by_name() -> None:
-    config, options = settings(["hidden=48", "encoder_widths=32,16", "learning_rate=1"], {"latent_dim": 3}, 7)
+    given = ["hidden=48", "encoder_widths=32,16", "learning_rate=1", "calibrate=true"]
+    config, options = settings(given, {"latent_dim": 3}, 7)
+    assert config.calibrate is True
     assert (config.hidden, config.encoder_widths, config.latent_dim) == (48, (32, 16), 3)
     assert (options.learning_rate, options.seed) == (1.0, 7)
     for text, message in (
